@@ -158,8 +158,8 @@ class Tokenizer(nn.Module):
         intensity = (images.permute(0, 2, 3, 1).flatten(1) + 1) / 2         # (B, N): raster order, then R, G, B
         if self.levels == 2 and generator is not None:
             return torch.bernoulli(intensity.clamp(0, 1), generator=generator).long()
-        byte = (intensity * 255).round().long().clamp(0, 255)
-        return byte * self.levels // 256
+        # 1e-3: a byte on the edge of a bin must not fall below it by rounding
+        return (intensity * self.levels + 1e-3).floor().long().clamp(0, self.levels - 1)
 
     def decode(self, tokens):
         """tokens (B, N) -> images (B, 3, H, W): level 0 is -1, level V - 1 is 1, the others evenly between."""
@@ -239,9 +239,9 @@ class PixelCNN(nn.Module):
 
     Same wiring as EugenHotaj/pytorch-generative pixel_cnn.py, but each block's input is added once, as in the paper.
     """
-    def __init__(self, in_channels, h, layers, kernel, head, out_channels, colours=1):
+    def __init__(self, in_channels, h, layers, kernel, head, out_channels, colours=1, first_kernel=7):
         super().__init__()
-        self.input = MaskedConv2d("A", in_channels, 2 * h, (7, 7), colours)
+        self.input = MaskedConv2d("A", in_channels, 2 * h, (first_kernel, first_kernel), colours)
         self.blocks = nn.ModuleList(ResidualBlock(h, kernel, colours) for _ in range(layers))
         self.head = output_head(2 * h, head, out_channels, colours)
 
@@ -294,10 +294,11 @@ class GatedPixelCNN(nn.Module):
 
     forward's condition: classes (B, num_classes), one-hot or any vector h of eq. 4; spatial (B, map_channels, H, W).
     """
-    def __init__(self, in_channels, p, layers, kernel, head, out_channels, colours=1, num_classes=0, map_channels=0):
+    def __init__(self, in_channels, p, layers, kernel, head, out_channels, colours=1, num_classes=0, map_channels=0,
+                 first_kernel=7):
         super().__init__()
         condition = (colours, num_classes, map_channels)
-        self.layers = nn.ModuleList([GatedLayer(in_channels, p, 7, *condition, first=True)])
+        self.layers = nn.ModuleList([GatedLayer(in_channels, p, first_kernel, *condition, first=True)])
         self.layers.extend(GatedLayer(p, p, kernel, *condition) for _ in range(layers - 1))
         self.head = output_head(p, head, out_channels, colours)
 
@@ -490,7 +491,7 @@ def shape_distance(shape, x, y):
 
 def draw_shapes(seed, indices, size):
     """Picture i is a function of (seed, i).  indices (B,) -> images uint8 (B, size, size, 3), labels int64 (B,)."""
-    u = np.stack([np.random.default_rng([seed, int(i)]).random(6) for i in indices])
+    u = np.random.default_rng(seed).random((max(indices) + 1, 6))[indices]          # row i of the seed's random numbers
     labels = (u[:, 0] * len(SHAPES)).astype(np.int64)
     colour = np.array(list(COLOURS.values()), np.float32)[(u[:, 1] * len(COLOURS)).astype(int)]
     radius, turn = (0.45 + 0.25 * u[:, 2]).astype(np.float32), (0.5 * u[:, 3] - 0.25).astype(np.float32)
@@ -833,13 +834,13 @@ def main(argv=None):
 
 def train_command(args):
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     if args.resume:
         run = Run(args.resume)
-        wrong = {name: value for name, value in fields.items() if value != getattr(run.config, name) and name != "data_dir"}
+        asked = json.loads((run.folder / "config.json").read_text()) | fields
+        saved = json.loads(json.dumps(run.state["config"]))
+        wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items() if value != saved.get(name) and name != "data_dir"]
         if wrong:
-            raise UserError(f"{args.resume} was trained with another Config: " + ", ".join(
-                f"{name} {getattr(run.config, name)} there, {value} here" for name, value in wrong.items()))
+            raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         config = dataclasses.replace(run.config, **fields)
         data = load_data(config)
     else:

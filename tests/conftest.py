@@ -1,0 +1,84 @@
+"""What the shared suite knows of each file: one line per variant, with a Config small enough for a test.
+
+`case` runs over all of them: case.module, case.config (tiny), case.name.
+"""
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # before torch: two busy processes on two cores must not spin on each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(image_size=8, train_images=200, test_images=30, batch_size=8, log_every=1, save_every=5)
+CASES = {   # name: (file, fields of its tiny Config)
+    "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
+    "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
+    "pixelcnn-binary": ("pixelcnn", dict(levels=2, colours=1, model="pixelcnn", num_classes=0, layers=2, width=8, head=16,
+                                         train_steps_prior=12, **TINY)),
+}
+FILES = sorted({file for file, _ in CASES.values()})
+
+
+@dataclass
+class Case:
+    name: str
+    module: object
+    config: object
+
+    def build(self, seed=0):
+        """Tokenizer and prior of the tiny config, every weight random (also those that start at zero)."""
+        torch.manual_seed(seed)
+        tokenizer, prior = self.module.build_tokenizer(self.config), self.module.build_prior(self.config)
+        return tokenizer.eval(), prior.eval()
+
+    def images(self, number=2):
+        """Test images in [-1, 1] and their labels."""
+        images, labels = self.module.load_data(self.config).test
+        labels = labels if self.config.num_classes else torch.zeros_like(labels)
+        return images[:number] / 127.5 - 1, labels[:number]
+
+    def flags(self, **more):
+        """The tiny config as flags of the command line."""
+        import dataclasses
+        changed = {**dataclasses.asdict(self.config), **more}
+        default = dataclasses.asdict(type(self.config)())
+        words = []
+        for name, value in changed.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag] if value else []
+            elif value != default[name] or name in more:
+                words += [flag, *map(str, value)] if isinstance(value, (tuple, list)) else [flag, str(value)]
+        return words
+
+
+def pytest_configure():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    file, fields = CASES[request.param]
+    module = importlib.import_module(file)
+    return Case(request.param, module, module.Config(**fields))
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(module, *argv, says=[...]): the command ends with exit code 2 and one line on stderr that holds these words."""
+    def run(module, *argv, says=()):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            module.main([str(word) for word in argv])
+        lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip() and "%|" not in line]
+        assert exit.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        for word in says:
+            assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+        return lines[0]
+    return run

@@ -1,0 +1,208 @@
+"""Mistakes of a user, one test each: one line that says what was wrong and what would be right, exit code 2, no traceback."""
+import dataclasses
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def module():
+    import pixelcnn
+    return pixelcnn
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny finished run of pixelcnn.py; tests work on copies."""
+    import pixelcnn
+    from conftest import CASES
+    config = pixelcnn.Config(**CASES["pixelcnn-gated"][1])
+    folder, data = tmp_path_factory.mktemp("runs") / "run", pixelcnn.load_data(config)
+    run = pixelcnn.Run(folder, config, data.classes)
+    pixelcnn.train_prior(config, data, run, pixelcnn.train_tokenizer(config))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def make_images(root, corrupt=False, per_class=11):
+    for name in ("cat", "dog"):
+        (root / "train" / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.new("RGB", (20, 12), (10 * i, 20, 30)).save(root / "train" / name / f"{i:02}.png")
+    if corrupt:
+        path = root / "train" / "cat" / "03.png"
+        path.write_bytes(path.read_bytes()[:40])
+
+
+TINY = ["--num-classes", "2", "--image-size", "8", "--layers", "1", "--width", "3", "--head", "3", "--train-steps-prior", "1"]
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["train", "--preset", "mnits"], ["mnits", "mnist"]),
+    (["train", "--widht", "3"], ["--widht", "--help"]),
+    (["trian"], ["trian", "train"]),
+    (["train", "--width", "wide"], ["--width", "int", "wide"]),
+    (["train", "--lr", "fast"], ["--lr", "float", "fast"]),
+    (["train", "--width", "10"], ["width 10", "divisible", "3"]),
+    (["train", "--head", "10"], ["head 10", "divisible"]),
+    (["train", "--kernel", "4"], ["kernel 4", "3, 5"]),
+    (["train", "--levels", "1"], ["levels", "2 to 256"]),
+    (["train", "--model", "rnn"], ["rnn", "gated or pixelcnn"]),
+    (["train", "--model", "pixelcnn"], ["condition", "--num-classes 0"]),
+    (["train", "--data", "no/such/folder"], ["no/such/folder"]),
+    (["sample"], ["run"]),
+    (["sample", "no/such/run"], ["no/such/run", "checkpoint.pt"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_command_lines(module, fails, argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(module, *argv, says=says)
+    assert not list(tmp_path.iterdir())                                 # nothing is left behind
+
+
+def test_empty_folder(module, fails, tmp_path):
+    (tmp_path / "data").mkdir()
+    fails(module, "train", *TINY, "--data", tmp_path / "data", "--out", tmp_path / "run", says=["no", "train/<class>/"])
+
+
+def test_corrupt_image_is_named_and_can_be_skipped(module, fails, tmp_path):
+    make_images(tmp_path / "data", corrupt=True)
+    words = ["train", *TINY, "--batch-size", "2", "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    fails(module, *words, says=["train/cat/03.png", "--skip-corrupt"])
+    config = module.Config(data=str(tmp_path / "data"), image_size=8, num_classes=2, skip_corrupt=True)
+    data = module.load_data(config)
+    assert data.classes == ["cat", "dog"] and len(data.train[0]) + len(data.test[0]) == 21 and len(data.test[0]) == 2
+
+
+def test_truncated_zip(module, fails, tmp_path):
+    make_images(tmp_path / "data")
+    path = shutil.make_archive(tmp_path / "images", "zip", tmp_path / "data")
+    whole = module.load_data(module.Config(data=path, image_size=8, num_classes=2))
+    folder = module.load_data(module.Config(data=str(tmp_path / "data"), image_size=8, num_classes=2))
+    assert torch.equal(whole.train[0], folder.train[0]) and torch.equal(whole.test[1], folder.test[1])
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+    fails(module, "train", *TINY, "--data", path, "--out", tmp_path / "run", says=["images.zip", "whole"])
+
+
+def test_corrupt_member_of_a_zip_is_named(module, fails, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(12):
+            Image.new("RGB", (8, 8)).save(buffer := io.BytesIO(), "PNG")
+            archive.writestr(f"train/a/{i:02}.png", buffer.getvalue() if i != 4 else b"no picture")
+    fails(module, "train", *TINY, "--data", tmp_path / "images.zip", "--out", tmp_path / "run", says=["train/a/04.png", "--skip-corrupt"])
+
+
+def test_wrong_number_of_classes(module, fails, tmp_path):
+    make_images(tmp_path / "data")
+    fails(module, "train", "--data", tmp_path / "data", "--out", tmp_path / "run", says=["2 classes", "--num-classes 2"])
+
+
+@pytest.mark.parametrize("damage, says", [("truncated", "truncated"), ("other content", "checksum"), ("no gzip", "truncated or corrupt")])
+def test_damaged_mnist_file(module, fails, tmp_path, damage, says):
+    (tmp_path / "mnist").mkdir()
+    file = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    whole = gzip.compress(os.urandom(5000))
+    file.write_bytes({"truncated": whole[:1000], "other content": whole, "no gzip": b"<html>"}[damage])
+    fails(module, "train", "--preset", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "run", says=[file.name, says, "delete it"])
+
+
+@pytest.mark.parametrize("words, says", [(["--labels", "9"], ["9", "0 to 8", "circle"]), (["--labels", "-1"], ["-1"]), (["--labels", "cat"], ["cat", "star"])])
+def test_unknown_labels(module, fails, run, words, says):
+    fails(module, "sample", run, *words, says=says)
+
+
+def test_labels_of_a_model_without_classes(module, fails, tmp_path):
+    config = module.Config(model="pixelcnn", num_classes=0, image_size=4, layers=1, width=3, head=3, train_images=10, test_images=10,
+                           train_steps_prior=1, batch_size=2)
+    module.train_prior(config, module.load_data(config), module.Run(tmp_path / "run", config), module.train_tokenizer(config))
+    fails(module, "sample", tmp_path / "run", "--labels", "1", says=["without classes"])
+
+
+def test_photo_that_is_none(module, fails, run, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    fails(module, "reconstruct", run, tmp_path / "photo.png", says=["photo.png"])
+    fails(module, "complete", run, tmp_path / "missing.png", says=["missing.png"])
+
+
+def test_folder_without_checkpoint(module, fails, tmp_path):
+    fails(module, "train", "--resume", tmp_path, says=[str(tmp_path), "checkpoint.pt"])
+
+
+def test_truncated_checkpoint(module, fails, run):
+    with open(run / "checkpoint.pt", "r+b") as file:
+        file.truncate(2000)
+    fails(module, "train", "--resume", run, says=["checkpoint.pt", "truncated"])
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("write", [lambda path: torch.save({"config": Bomb()}, path), lambda path: path.write_bytes(pickle.dumps(Bomb()))])
+def test_pickle_that_would_run_code(module, fails, run, tmp_path, monkeypatch, write):
+    monkeypatch.setenv("BOMB", str(tmp_path / "it ran"))
+    write(run / "checkpoint.pt")
+    fails(module, "train", "--resume", run, says=["checkpoint.pt", "refused"])
+    fails(module, "sample", run, says=["refused"])
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_resume_with_another_config(module, fails, run):
+    fails(module, "train", "--resume", run, "--width", "36", "--lr", "0.5", says=["width 18", "36", "lr", "0.5"])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "layers": 7}))
+    fails(module, "train", "--resume", run, says=["layers 2", "7"])
+
+
+def test_a_run_is_not_overwritten(module, fails, run):
+    before = (run / "checkpoint.pt").read_bytes()
+    fails(module, "train", "--train-images", "10", "--test-images", "10", "--out", run, says=["--resume", "--out"])
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_output_folder_not_writable(module, fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(module, "train", "--train-images", "10", "--test-images", "10", "--out", tmp_path / "file" / "run", says=["run", "--out"])
+
+
+def test_picture_not_writable(module, fails, run):
+    fails(module, "reconstruct", run, "--out", run / "no folder" / "x.png", says=["x.png", "cannot write"])
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(module, fails, run):
+    """No file may grow beyond a few bytes: what a full disk does to a write. Planted: no temporary file."""
+    good = torch.load(run / "checkpoint.pt", weights_only=True)
+    config = module.Config(**good["config"])
+    half = module.Run(run)
+    half.state["progress"]["prior"] = 6                                  # six of twelve steps: the rest comes again
+    torch.save(half.state, run / "checkpoint.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        fails(module, "train", "--resume", run, says=["checkpoint.pt", "unharmed"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert module.Run(run).state["progress"]["prior"] == 6 and not list(run.glob("*.tmp"))
+    assert dataclasses.asdict(config) == good["config"]
+
+
+def test_two_processes_need_a_divisible_batch(module, monkeypatch):
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    with pytest.raises(module.UserError, match="batch_size 3 is not divisible by 2"):
+        module.shard(torch.zeros(3), device="cpu")

@@ -1,0 +1,141 @@
+"""Properties of every file's tokenizer, prior and sampler. Each test names the planted bug it was seen to catch."""
+import dataclasses
+
+import pytest
+import torch
+
+
+def test_tokens_are_in_range_and_decode_to_images(case):
+    """Planted: an off-by-one bin edge (index V)."""
+    tokenizer, _ = case.build()
+    images, _ = case.images()
+    tokens = tokenizer.encode(images)
+    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < case.config.levels
+    decoded = tokenizer.decode(tokens)
+    assert decoded.shape == images.shape and decoded.min() >= -1 and decoded.max() <= 1
+    again, losses = tokenizer(images)
+    assert torch.equal(again, decoded) and isinstance(losses, dict)
+
+
+def test_tokenizer_refuses_other_sizes(case):
+    """Planted: no check."""
+    tokenizer, _ = case.build()
+    with pytest.raises(ValueError, match=str(case.config.image_size)):
+        tokenizer.encode(torch.zeros(1, 3, case.config.image_size + 1, case.config.image_size))
+
+
+def test_logits_have_the_documented_shape(case):
+    """Planted: colours and levels swapped in the final view (shape then differs for V != C)."""
+    tokenizer, prior = case.build()
+    images, labels = case.images(3)
+    tokens = tokenizer.encode(images)
+    logits = prior(tokens, labels)
+    assert logits.shape == (3, tokens.shape[1], case.config.levels) and logits.dtype == torch.float32
+    loss, metrics = prior.loss(tokens, labels)
+    assert loss.shape == () and all(torch.as_tensor(value).shape == () for value in metrics.values())
+
+
+def test_logits_ignore_their_own_and_later_tokens(case):
+    """Change token t: logits up to t keep their bits, some logit after t changes. All t.
+
+    Planted: mask B in the first layer; residual around the first gated layer; vertical stack that shows its own row;
+    i <= o at the centre of mask A; the last view with colours first.
+    """
+    tokenizer, prior = case.build()
+    images, labels = case.images(1)
+    tokens = tokenizer.encode(images)
+    with torch.no_grad():
+        before = prior(tokens, labels)
+        for t in range(tokens.shape[1]):
+            changed = tokens.clone()
+            changed[:, t] = (changed[:, t] + 1) % case.config.levels
+            after = prior(changed, labels)
+            assert torch.equal(after[:, :t + 1], before[:, :t + 1]), f"a logit at or before {t} sees token {t}"
+            if t + 1 < tokens.shape[1]:
+                assert not torch.equal(after[:, t + 1:], before[:, t + 1:]), f"no later logit sees token {t}"
+
+
+def test_labels_matter_and_no_class_is_no_term(case):
+    """Planted: condition() drops the labels."""
+    if not case.config.num_classes:
+        pytest.skip("unconditional")
+    tokenizer, prior = case.build()
+    tokens = tokenizer.encode(case.images(1)[0])
+    logits = [prior(tokens, torch.tensor([label])) for label in (0, 1, case.config.num_classes)]
+    assert not torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[2], prior(tokens, None))
+
+
+def test_untrained_samples_are_finite_and_repeat_with_the_seed(case):
+    """Planted: a draw without the generator."""
+    tokenizer, prior = case.build()
+    labels = torch.zeros(2, dtype=torch.long)
+    draw = lambda seed: case.module.sample(tokenizer, prior, labels, generator=torch.Generator().manual_seed(seed))
+    images = draw(0)
+    assert images.shape == (2, 3, case.config.image_size, case.config.image_size) and images.isfinite().all()
+    assert torch.equal(images, draw(0)) and not torch.equal(images, draw(1))
+
+
+def test_sampler_sees_what_training_sees(case):
+    """The logits of every sampling step are those of one teacher-forced pass over the finished tokens.
+
+    Planted: the sampler feeds one row too few; temperature not applied.
+    """
+    tokenizer, prior = case.build()
+    trace, labels = [], torch.zeros(2, dtype=torch.long)
+    case.module.sample(tokenizer, prior.double(), labels, temperature=0.7, generator=torch.Generator().manual_seed(0), trace=trace)
+    full = prior(trace[-1]["tokens"], labels) / 0.7
+    stepwise = torch.stack([step["logits"] for step in trace], 1)
+    torch.testing.assert_close(stepwise, full, rtol=1e-9, atol=1e-9)
+
+
+def test_sampling_keeps_known_tokens(case):
+    """Planted: known tokens overwritten by the first draw."""
+    tokenizer, prior = case.build()
+    tokens = tokenizer.encode(case.images()[0])
+    trace, n = [], tokens.shape[1] // 2
+    case.module.sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), known=tokens[:, :n],
+                       generator=torch.Generator().manual_seed(0), trace=trace)
+    assert torch.equal(trace[-1]["tokens"][:, :n], tokens[:, :n]) and len(trace) == tokens.shape[1] - n
+
+
+def test_one_batch_is_learned_by_heart(case):
+    """Planted: loss on shifted targets (cannot fall this far); a detached logit."""
+    tokenizer, prior = case.build()
+    images, labels = case.images(4)
+    tokens = tokenizer.encode(images)
+    optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
+    losses = []
+    for _ in range(150):
+        loss, _ = prior.loss(tokens, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    share = torch.bincount(tokens.flatten()) / tokens.numel()
+    unigram = -(share * share.clamp(min=1e-9).log()).sum().item()
+    assert losses[-1] < 0.4 * unigram, f"{losses[-1]:.3f} nats per token after 150 steps; a model without context: {unigram:.3f}"
+
+
+def test_learning_rate_rises_then_falls_to_zero(case):
+    """Planted: cosine without its 1/2; warm-up that starts at zero."""
+    config = dataclasses.replace(case.config, lr=1.0, warmup=10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    rates = []
+    for step in range(100):
+        case.module.set_lr(optimizer, step, config, 100)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert 0 < rates[0] <= 0.1 and max(rates) == pytest.approx(1) and rates.index(max(rates)) in (9, 10)
+    assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_average_of_weights_follows_the_model(case):
+    """Planted: decay and 1 - decay exchanged."""
+    _, prior = case.build()
+    _, ema = case.build(seed=1)
+    start, target = next(ema.parameters()).clone(), next(prior.parameters())
+    case.module.update_ema(ema, prior, 10**6, 0.9)
+    torch.testing.assert_close(next(ema.parameters()).data, 0.9 * start + 0.1 * target.data)
+    case.module.update_ema(ema, prior, 0, 0.9)                          # the first step: 0.1 old, 0.9 new
+    torch.testing.assert_close(next(ema.parameters()).data, 0.1 * (0.9 * start + 0.1 * target.data) + 0.9 * target.data)

@@ -1,0 +1,187 @@
+"""Run folders: a killed and resumed run ends in the same bits, whatever killed it; several processes equal one."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+def same(a, b):
+    """Equal bit for bit, through nested dicts, lists and tensors; the seconds of training aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def train(case, folder, resume=False):
+    """The tiny config's whole training in this process, without the pictures at the end."""
+    m = case.module
+    data = m.load_data(case.config)
+    run = m.Run(folder) if resume else m.Run(folder, case.config, data.classes)
+    m.train_prior(run.config, data, run, m.train_tokenizer(run.config, data, run))
+    return run
+
+
+def start(case, *argv, code=None, **env):
+    """The command line in a process of its own."""
+    command = ["-c", code] if code else [case.module.__file__]
+    return subprocess.Popen([sys.executable, *command, *map(str, argv)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_at_random_steps_and_resumed_ends_in_the_same_bits(case, tmp_path):
+    """kill -9 twice at random moments, then resume to the end. Planted: the optimizer left out of the checkpoint; batches drawn
+    from one generator for the whole run; metrics of repeated steps kept twice."""
+    if case.name != "pixelcnn-gated":
+        pytest.skip("one variant of each file")
+    steps, moment = 3000, random.Random(case.name)
+    words = case.flags(train_steps_prior=steps, save_every=20)
+    process, start_step = start(case, "train", *words, "--out", tmp_path / "killed"), 0
+    for _ in range(2):
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None:
+            if (tmp_path / "killed" / "checkpoint.pt").exists() and checkpoint(tmp_path / "killed")["progress"]["prior"] > start_step:
+                break
+            time.sleep(0.02)
+        time.sleep(0.3 * moment.random())
+        assert process.poll() is None, process.stdout.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        start_step = checkpoint(tmp_path / "killed")["progress"]["prior"]
+        assert 0 < start_step < steps
+        process = start(case, "train", "--resume", tmp_path / "killed")
+    # the last leg is cut short so that the test is: both runs end three saves after the second kill
+    process.kill()
+    process.wait()
+    stop_at = checkpoint(tmp_path / "killed")["progress"]["prior"] + 60
+    runs = {}
+    for name in ("killed", "whole"):
+        m = case.module
+        run = m.Run(tmp_path / name) if name == "killed" else m.Run(tmp_path / name, runs["killed"].config)
+        data = m.load_data(run.config)
+        run.state["classes"] = data.classes
+        original = run.log
+
+        def log(stage, step, run=run, original=original, **metrics):
+            if step == stop_at:
+                raise InterruptedError
+            original(stage, step, **metrics)
+        run.log, runs[name] = log, run
+        with pytest.raises(InterruptedError):
+            m.train_prior(run.config, data, run, m.train_tokenizer(run.config))
+    killed, whole = checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole")
+    assert killed["progress"]["prior"] == stop_at and same(killed, whole)
+    rows = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(stop_at))
+
+
+def test_killed_while_it_writes_a_checkpoint(case, tmp_path):
+    """The process dies with half of the new checkpoint on disk; the old one loads and the run goes on to the same bits.
+
+    Planted: torch.save straight to checkpoint.pt.
+    """
+    if case.name != "pixelcnn-gated":
+        pytest.skip("one variant of each file")
+    code = f"""
+import os, signal, sys, {case.module.__name__} as m
+writes = 0
+def fsync(descriptor):
+    global writes
+    writes += "checkpoint" in os.readlink(f"/proc/self/fd/{{descriptor}}")
+    if writes == 3:
+        os.ftruncate(descriptor, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync
+m.main(sys.argv[1:])
+"""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    process = start(case, "train", *case.flags(), "--out", tmp_path / "killed", code=code)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint(tmp_path / "killed")["progress"]["prior"] == 5
+    train(case, tmp_path / "killed", resume=True)
+    train(case, tmp_path / "whole")
+    assert same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(case, tmp_path):
+    """Planted: KeyboardInterrupt let through (traceback, nothing saved)."""
+    if case.name != "pixelcnn-gated":
+        pytest.skip("one variant of each file")
+    process = start(case, "train", *case.flags(train_steps_prior=3000, save_every=3000), "--out", tmp_path / "run")
+    deadline = time.time() + 60
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    done = checkpoint(tmp_path / "run")["progress"]["prior"]
+    assert process.returncode == 2 and 0 < done < 3000 and "Traceback" not in output
+    assert f"--resume {tmp_path / 'run'}" in output.strip().split("\n")[-1]
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(case, tmp_path, fails):
+    """The loss is infinite from step 7 on. Planted: the check after the optimizer's step (NaN weights are saved)."""
+    m, loss = case.module, case.module.Prior.loss
+    calls = []
+
+    def broken(self, *args):
+        value, metrics = loss(self, *args)
+        calls.append(1)
+        return (value * float("inf") if len(calls) > 7 else value), metrics
+    m.Prior.loss = broken
+    try:
+        line = fails(m, "train", *case.flags(), "--out", tmp_path / "run", says=["step 7", "checkpoint.pt"])
+    finally:
+        m.Prior.loss = loss
+    assert "inf" in line
+    state = checkpoint(tmp_path / "run")
+    assert state["progress"]["prior"] == 5
+    assert all(value.isfinite().all() for value in state["objects"]["prior"].values())
+
+
+def test_two_processes_equal_one(case, tmp_path):
+    """torchrun with two gloo processes, the same global batch: equal losses to 1e-5. Planted: gradients summed, not averaged;
+    every process takes the whole batch's first half."""
+    if case.name != "pixelcnn-binary":
+        pytest.skip("one variant of each file: the one whose data step is random too")
+    process = start(case, "--nproc-per-node", 2, "--master-port", 29517, case.module.__file__, "train", *case.flags(),
+                    "--out", tmp_path / "two", code="from torch.distributed.run import main; main()")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    train(case, tmp_path / "one")
+    losses = {name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")}
+    assert len(losses["one"]) == case.config.train_steps_prior
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+
+
+def test_the_whole_command_line_runs(case, tmp_path, capsys):
+    """train, sample, complete, reconstruct, evaluate: every file named in the last line exists, samples.npz is uint8 NHWC."""
+    import numpy as np
+    m, run = case.module, tmp_path / "run"
+    m.main(["train", *case.flags(), "--out", str(run)])
+    for verb in (["sample", str(run), "--num", "3", "--out", str(tmp_path / "grid.png")], ["complete", str(run), "--num", "1"],
+                 ["reconstruct", str(run), str(run / "samples.png")], ["evaluate", str(run)]):
+        m.main(verb)
+        last = capsys.readouterr().out.strip().split("\n")[-1]
+        assert os.path.exists(last.split("   next: ")[0]) and "next: python " in last
+    samples = np.load(run / "samples.npz")["arr_0"]
+    assert samples.dtype == np.uint8 and samples.shape == (3, case.config.image_size, case.config.image_size, 3)
+    assert (run / "curves.png").stat().st_size > 1000 and (run / "reconstructions.png").exists()
+    report = json.loads((run / "report.json").read_text())
+    for key in ("nats_per_token", "bits_per_dim", "psnr", "codebook_use", "perplexity", "samples_per_second", "parameters",
+                "peak_memory_mib", "train_seconds"):
+        assert report[key] is not None and report[key] >= 0, key
