@@ -1,0 +1,123 @@
+"""The one judge of samples in this project: a small classifier of its own for each data set.
+
+    python tests/judge.py RUN [--data-dir DIR]      judges RUN/samples.npz, adds the figures to RUN/report.json if there is one
+
+class agreement   share of the samples that the judge takes for the class they were asked to be
+frechet           Frechet distance between Gaussians fitted to the judge's 128 features of samples and of real test images
+                  (not comparable with FID, whose features come from an Inception network; smaller is better; it grows
+                  when there are few samples, so the same number of real images is given as its floor)
+judge_accuracy    of the judge itself on real test images it was not trained on
+
+A judge is trained once, from a fixed seed, and kept in the cache folder (JUDGE_CACHE, default ~/.cache/visual-autoregression).
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pixelcnn  # noqa: E402
+
+STEPS, SIZE = int(os.environ.get("JUDGE_STEPS", 600)), 32      # fewer steps: only to test the judge itself
+
+
+def network(classes):
+    """images (B, 3, 32, 32) -> features (B, 128) -> class logits: judge[:-1] gives the features."""
+    conv = lambda i, o, stride: (nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(*conv(3, 32, 1), *conv(32, 64, 2), *conv(64, 128, 2), *conv(128, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(128, classes))
+
+
+def prepare(images):
+    """uint8 (N, 3, H, W) -> float (N, 3, 32, 32) in [-1, 1]."""
+    images = images.float() / 127.5 - 1
+    return images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
+
+
+def run(judge, images, layers=slice(None)):
+    with torch.no_grad():
+        return torch.cat([judge[layers](prepare(part)) for part in images.split(256)])
+
+
+def real_data(data, data_dir):
+    return pixelcnn.load_data(pixelcnn.Config(data=data, data_dir=str(data_dir), image_size=SIZE, num_classes=0))
+
+
+def get_judge(data, data_dir="data"):
+    """-> judge (eval mode), its accuracy on real test images, real test images uint8 (N, 3, 32, 32)."""
+    cache = Path(os.environ.get("JUDGE_CACHE", Path.home() / ".cache" / "visual-autoregression"))
+    path = cache / f"judge_{Path(data).stem}_{STEPS}.pt"
+    real = real_data(data, data_dir)
+    judge = network(len(real.classes))
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        print(f"training the judge of {data}, once: {path}", file=sys.stderr)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            judge = network(len(real.classes))
+            optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
+            for step in range(STEPS):
+                index = torch.randint(len(real.train[0]), (64,))
+                images, labels = prepare(real.train[0][index]), real.train[1][index]
+                if step % 2:                    # samples may be smaller than 32 x 32: half the batches are blurred as those are
+                    images = F.interpolate(F.interpolate(images, (16, 16), mode="bilinear", antialias=True), (SIZE, SIZE), mode="bilinear")
+                images = torch.roll(images, tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3)) + 0.05 * torch.randn_like(images)
+                loss = F.cross_entropy(judge(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), part := path.with_suffix(f".{os.getpid()}"))
+        os.replace(part, path)
+    judge.eval()
+    accuracy = (run(judge, real.test[0]).argmax(1) == real.test[1]).float().mean().item()
+    return judge, accuracy, real.test[0]
+
+
+def frechet_distance(a, b):
+    """Between Gaussians fitted to features a (N, F) and b (M, F): |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+def judge_samples(images, labels, data="shapes", data_dir="data"):
+    """images uint8 (N, 3, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
+    judge, accuracy, real = get_judge(data, data_dir)
+    features, real_features = run(judge, images, slice(-1)), run(judge, real, slice(-1))
+    few = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:len(images)]
+    figures = {"frechet": frechet_distance(features, real_features), "frechet_of_as_many_real": frechet_distance(real_features[few], real_features),
+               "judge_accuracy": accuracy, "judged_samples": len(images)}
+    if labels is not None:
+        figures["class_agreement"] = (run(judge, images).argmax(1) == labels).float().mean().item()
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data-dir")
+    args = parser.parse_args()
+    samples, config = np.load(args.run / "samples.npz"), json.loads((args.run / "config.json").read_text())
+    labels = torch.from_numpy(samples["labels"]) if config["num_classes"] else None
+    figures = judge_samples(torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2), labels, config["data"], args.data_dir or config["data_dir"])
+    print(json.dumps(figures, indent=1))
+    report = args.run / "report.json"
+    if report.exists():
+        report.write_text(json.dumps(json.loads(report.read_text()) | figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
