@@ -209,10 +209,38 @@ class MaskedConv2d(nn.Conv2d):
         self.border = (kw // 2, columns - 1 - kw // 2, kh // 2, 0)              # left, right, top, bottom
         mask = causal_mask(kind, out_channels, in_channels, kernel_size, colours)
         self.register_buffer("mask", mask[:, :, :rows, :columns].clone(), persistent=False)
+        self.first, self.seen, self.at = kind in ("A", "above"), None, None     # see incremental()
 
     def forward(self, x):
         # the mask multiplies the weight in the graph: a hidden weight gets no gradient and can never leak
-        return F.conv2d(F.pad(x, self.border), self.weight * self.mask, self.bias)
+        weight, (left, right, top, _) = self.weight * self.mask, self.border
+        if self.seen is None:
+            return F.conv2d(F.pad(x, self.border), weight, self.bias)
+        (i, j), (r, w) = self.at, x.shape[2:]                   # x is rows i - r + 1 ... i, columns j ... j + w - 1
+        self.seen[:, :, top + i + 1 - r:top + i + 1, left + j:left + j + w] = x
+        return F.conv2d(self.seen[:, :, i + 1 - r:i + 1 + top, j:j + w + left + right], weight, self.bias)
+
+
+@contextlib.contextmanager
+def incremental(net, image):
+    """Inside, net's layers may be given parts of the image alone: every convolution remembers the inputs of earlier parts.
+
+    image (B, C, H, W). Yields at, image: at = [i, j] says where a part lies (it ends with row i, begins with column j); the
+    image is a copy inside zero padding that the first layer looks at, so pixels written to it are seen at once. These are the
+    caches of Fast PixelCNN++ (arXiv 1704.06001), but whole maps: simpler, and no larger than those of one forward pass.
+    """
+    at, (B, _, H, W), convs = [0, 0], image.shape, [module for module in net.modules() if isinstance(module, MaskedConv2d)]
+    k = max(conv.border[0] for conv in convs if conv.first)
+    padded = F.pad(image, (k, k, k, 0))
+    for conv in convs:
+        left, right, top, _ = conv.border
+        conv.at, conv.seen = at, (padded[:, :, k - top:, k - left:k + W + right] if conv.first else
+                                  image.new_zeros(B, conv.in_channels, top + H, left + W + right))
+    try:
+        yield at, padded[:, :, k:, k:k + W]
+    finally:
+        for conv in convs:
+            conv.at = conv.seen = None
 
 
 class ResidualBlock(nn.Module):
@@ -251,6 +279,13 @@ class PixelCNN(nn.Module):
             x = block(x)
         return self.head(x)
 
+    def start_row(self, image, i):
+        """Incremental sampling: what a row needs before its first pixel. Here: nothing."""
+
+    def pixel(self, image, i, j, row):
+        """Incremental forward: the output at one pixel (B, out_channels, 1, 1)."""
+        return self(image[:, :, i:i + 1, j:j + 1])
+
 
 def gate(x):
     """tanh(first half) * sigmoid(second half): (B, 2p, H, W) -> (B, p, H, W) (Gated PixelCNN eq. 2)."""
@@ -273,26 +308,27 @@ class GatedLayer(nn.Module):
         self.horizontal = MaskedConv2d("A" if first else "B", in_channels, 2 * p, (1, kernel), colours)
         self.link = nn.Conv2d(2 * p, 2 * p, 1)                                  # vertical to horizontal, before the gate
         self.out = MaskedConv2d("B", p, p, (1, 1), colours)
-        self.class_bias = nn.Parameter(torch.randn(num_classes, 2 * p)) if num_classes else None    # V^T h, eq. 4
+        self.class_bias = nn.Parameter(torch.randn(num_classes, 2 * p)) if num_classes else None    # V of V^T h, eq. 4
         self.map_bias = nn.Conv2d(map_channels, 2 * p, 1, bias=False) if map_channels else None     # V * s: not masked
 
-    def forward(self, v, h, classes=None, spatial=None):
+    def bias(self, classes=None, spatial=None):
+        """What the condition adds before both gates: (B, 2p, 1, 1) for a class, (B, 2p, H, W) for a map."""
+        bias = 0 if classes is None else (classes @ self.class_bias)[:, :, None, None]
+        return bias if spatial is None else bias + self.map_bias(spatial)
+
+    def forward(self, v, h, bias=0):
         above = self.vertical(v)                                                # (B, 2p, H, W)
-        row = self.horizontal(h) + self.link(above)
-        if classes is not None:
-            bias = (classes @ self.class_bias)[:, :, None, None]                # the same at every position
-            above, row = above + bias, row + bias
-        if spatial is not None:
-            bias = self.map_bias(spatial)
-            above, row = above + bias, row + bias
-        # a residual around the first layer would hand the pixel to itself
-        return gate(above), self.out(gate(row)) + (0 if self.first else h)
+        return gate(above + bias), self.row(h, self.link(above) + bias)
+
+    def row(self, h, above):
+        """The horizontal stack. A residual around the first layer would hand the pixel to itself."""
+        return self.out(gate(self.horizontal(h) + above)) + (0 if self.first else h)
 
 
 class GatedPixelCNN(nn.Module):
     """Gated layers, the first with 7x7 kernels, then the head on the horizontal stack.  x (B, C, H, W) -> (B, out, H, W).
 
-    forward's condition: classes (B, num_classes), one-hot or any vector h of eq. 4; spatial (B, map_channels, H, W).
+    classes (B, num_classes): one-hot, or any vector h of eq. 4; spatial: (B, map_channels, H, W).
     """
     def __init__(self, in_channels, p, layers, kernel, head, out_channels, colours=1, num_classes=0, map_channels=0,
                  first_kernel=7):
@@ -305,7 +341,24 @@ class GatedPixelCNN(nn.Module):
     def forward(self, x, classes=None, spatial=None):
         v = h = x
         for layer in self.layers:
-            v, h = layer(v, h, classes, spatial)
+            v, h = layer(v, h, layer.bias(classes, spatial))
+        return self.head(h)
+
+    def start_row(self, image, i, classes=None, spatial=None):
+        """Incremental sampling: the vertical stack of row i, once for all its pixels -> per layer (B, 2p, 1, W)."""
+        v, links = image[:, :, i:i + 1], []                     # not drawn yet, but the first layer's mask hides it
+        for layer in self.layers:
+            bias = layer.bias(classes, None if spatial is None else spatial[:, :, i:i + 1])
+            above = layer.vertical(v)
+            v = gate(above + bias)
+            links.append(layer.link(above) + bias)
+        return links
+
+    def pixel(self, image, i, j, row):
+        """Incremental forward: the horizontal stack and the head at one pixel -> (B, out_channels, 1, 1)."""
+        h = image[:, :, i:i + 1, j:j + 1]
+        for layer, above in zip(self.layers, row):
+            h = layer.row(h, above[:, :, :, j:j + 1])
         return self.head(h)
 
 
@@ -334,22 +387,25 @@ class Prior(nn.Module):
             kwargs["classes"] = labels.to(next(self.parameters()).dtype)
         return kwargs
 
+    def values(self, tokens):
+        """tokens, any shape -> what the network reads: -1 to 1."""
+        return 2 * tokens.to(next(self.parameters()).dtype) / (self.levels - 1) - 1
+
+    def logits(self, out):
+        """The network's output (B, out_channels, H, W) -> (B, H*W*C, V). Channel = level * C + colour."""
+        out = out if out.dtype == torch.float64 else out.float()
+        if self.levels == 2:
+            out = torch.cat([torch.zeros_like(out), out], 1)
+        return out.unflatten(1, (self.levels, self.colours)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+
     def forward(self, tokens, labels=None, spatial=None):
         """tokens (B, L) int64, labels see condition(), spatial (B, map_channels, H, W) -> logits (B, L, V).
 
         logits[:, i] depends on tokens[:, :i] alone. L may be less than N by whole rows: later rows cannot matter.
         """
-        B, L = tokens.shape
-        x = tokens.view(B, -1, self.image_size, self.colours).permute(0, 3, 1, 2)               # (B, C, rows, W)
-        x = 2 * x.to(next(self.parameters()).dtype) / (self.levels - 1) - 1
-        if spatial is not None:
-            spatial = spatial[:, :, :x.shape[2]]
-        logits = self.net(x, **self.condition(labels, spatial))                 # channel = level * C + colour
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        if self.levels == 2:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
-        logits = logits.unflatten(1, (self.levels, self.colours))               # (B, V, C, rows, W)
-        return logits.permute(0, 3, 4, 2, 1).reshape(B, L, self.levels)
+        x = self.values(tokens).view(len(tokens), -1, self.image_size, self.colours).permute(0, 3, 1, 2)    # (B, C, rows, W)
+        spatial = None if spatial is None else spatial[:, :, :x.shape[2]]
+        return self.logits(self.net(x, **self.condition(labels, spatial)))
 
     def loss(self, tokens, labels=None, spatial=None):
         """-> mean negative log-likelihood in nats per token, metrics: nats_per_image (the sum) and accuracy."""
@@ -364,28 +420,50 @@ def build_prior(config):
 
 # === Sampler: one visible loop ========================================================================================
 @torch.no_grad()
+def sample_plain(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None):
+    """The definition of sampling: for each token one pass over the whole image. sample() draws the same, much faster."""
+    B, n = len(labels), 0 if known is None else known.shape[1]
+    tokens = torch.zeros(B, prior.image_size ** 2 * prior.colours, dtype=torch.long, device=labels.device)
+    tokens[:, :n] = 0 if known is None else known
+    for i in range(n, tokens.shape[1]):
+        logits = prior(tokens, labels, spatial)[:, i] / temperature                     # (B, V), from tokens[:, :i] alone
+        tokens[:, i] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return tokenizer.decode(tokens)
+
+
+@torch.no_grad()
 def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None, trace=None):
-    """Draw images token by token in raster order: N passes.
+    """Draw images pixel by pixel, colour by colour, computing only what each new pixel needs.
 
     labels (B,) int64 (prior.num_classes = no class) or (B, num_classes) float; known (B, n) int64: the first n tokens, kept as
     they are (completion of an occluded image); spatial (B, map_channels, H, W); temperature divides the logits.
-    generator: source of every random number. trace: a list that gets a dict {position, logits (B, V), tokens (B, N)} per pass.
+    generator: source of every random number. trace: a list that gets a dict {position, logits (B, V), tokens (B, N)} per token.
     Returns images (B, 3, H, W) in [-1, 1].
     """
-    was_training, device = prior.training, next(prior.parameters()).device
-    prior.eval()
-    start = 0 if known is None else known.shape[1]
-    row = prior.image_size * prior.colours                                      # tokens of one row
-    tokens = torch.zeros(len(labels), row * prior.image_size, dtype=torch.long, device=device)
-    if known is not None:
-        tokens[:, :start] = known
-    for i in range(start, tokens.shape[1]):
-        logits = prior(tokens[:, :(i // row + 1) * row], labels, spatial)[:, i] / temperature   # (B, V): rows below cannot matter
-        tokens[:, i] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        if trace is not None:
-            trace.append({"position": i, "logits": logits, "tokens": tokens.clone()})
-    prior.train(was_training)
-    return tokenizer.decode(tokens)
+    B, S, C, n = len(labels), prior.image_size, prior.colours, 0 if known is None else known.shape[1]
+    tokens = torch.zeros(B, S, S, C, dtype=torch.long, device=labels.device)
+    flat, condition = tokens.view(B, -1), prior.condition(labels, spatial)
+    flat[:, :n] = 0 if known is None else known
+    image = prior.values(tokens).permute(0, 3, 1, 2)                                    # (B, C, S, S), filled in as drawn
+    with incremental(prior.net, image) as (at, image):
+        rows = n // (S * C)
+        if rows:                                                                        # rows known in full: one pass
+            at[:] = rows - 1, 0
+            prior.net(image[:, :, :rows], **prior.condition(labels, None if spatial is None else spatial[:, :, :rows]))
+        for i in range(rows, S):
+            at[:] = i, 0
+            row = prior.net.start_row(image, i, **condition)
+            for j in range(S):
+                at[:] = i, j
+                for c in range(C):                                                      # G's pass knows R, B's knows R and G
+                    logits = prior.logits(prior.net.pixel(image, i, j, row))[:, c] / temperature        # (B, V)
+                    if (position := (i * S + j) * C + c) < n:
+                        continue
+                    tokens[:, i, j, c] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                    image[:, c, i, j] = prior.values(tokens[:, i, j, c])
+                    if trace is not None:
+                        trace.append({"position": position, "logits": logits, "tokens": flat.clone()})
+    return tokenizer.decode(flat)
 
 
 @torch.no_grad()

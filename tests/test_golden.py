@@ -93,7 +93,7 @@ def pixelcnn_gated(golden, inputs):
         v = h = F.embedding(indices, embedding).permute(0, 3, 1, 2)
         maps = {}
         for i, layer in enumerate(net.layers):
-            v, h = maps[f"layer{i}/v"], maps[f"layer{i}/h"] = layer(v, h, classes)
+            v, h = maps[f"layer{i}/v"], maps[f"layer{i}/h"] = layer(v, h, layer.bias(classes))
         return net.head[1:](h), maps                    # the official head does not begin with a ReLU, the paper's does
     logits, out = forward(inputs["indices"])
     loss = F.cross_entropy(logits, inputs["indices"])

@@ -77,9 +77,9 @@ def test_untrained_samples_are_finite_and_repeat_with_the_seed(case):
 
 
 def test_sampler_sees_what_training_sees(case):
-    """The logits of every sampling step are those of one teacher-forced pass over the finished tokens.
+    """The logits of every sampling step are those of one teacher-forced pass over the finished tokens (float64).
 
-    Planted: the sampler feeds one row too few; temperature not applied.
+    Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete; temperature not applied.
     """
     tokenizer, prior = case.build()
     trace, labels = [], torch.zeros(2, dtype=torch.long)
@@ -89,11 +89,12 @@ def test_sampler_sees_what_training_sees(case):
     torch.testing.assert_close(stepwise, full, rtol=1e-9, atol=1e-9)
 
 
-def test_sampling_keeps_known_tokens(case):
-    """Planted: known tokens overwritten by the first draw."""
+@pytest.mark.parametrize("more", [0, 5])
+def test_sampling_keeps_known_tokens(case, more):
+    """Half the image known, and some tokens of the next row. Planted: known tokens overwritten by the first draw."""
     tokenizer, prior = case.build()
     tokens = tokenizer.encode(case.images()[0])
-    trace, n = [], tokens.shape[1] // 2
+    trace, n = [], tokens.shape[1] // 2 + more
     case.module.sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), known=tokens[:, :n],
                        generator=torch.Generator().manual_seed(0), trace=trace)
     assert torch.equal(trace[-1]["tokens"][:, :n], tokens[:, :n]) and len(trace) == tokens.shape[1] - n

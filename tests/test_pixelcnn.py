@@ -165,3 +165,20 @@ def test_masks_show_what_the_table_of_the_paper_shows():
     assert causal_mask("A", 1, 1, (3, 3))[0, 0].tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
     assert causal_mask("above", 1, 1, (3, 3))[0, 0].tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
     assert causal_mask("row", 1, 1, (3, 3))[0, 0].tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("condition", ["class", "map", "none", "plain"])
+@pytest.mark.parametrize("known", [0, 30, 41])
+def test_fast_sampler_draws_what_the_plain_one_draws(condition, known):
+    """The same pixels for the same generator, in float64, with and without given tokens. Planted: as test_models says."""
+    config = Config(image_size=5, levels=3, layers=3, width=6, head=12, model="pixelcnn" if condition == "plain" else "gated",
+                    num_classes=4 if condition == "class" else 0, map_channels=2 if condition == "map" else 0)
+    torch.manual_seed(0)
+    tokenizer, prior = build_tokenizer(config), build_prior(config).double()
+    for p in prior.parameters():
+        p.data *= 2
+    arguments = dict(labels=torch.tensor([0, 3, 1]) % (config.num_classes + 1), known=torch.randint(3, (3, known)) if known else None,
+                     spatial=torch.randn(3, 2, 5, 5, dtype=torch.float64) if condition == "map" else None)
+    fast, plain = (draw(tokenizer, prior, generator=torch.Generator().manual_seed(7), **arguments) for draw in (sample, pixelcnn.sample_plain))
+    assert torch.equal(fast, plain) and len(fast.unique()) == 3
+    assert all(module.seen is None for module in prior.modules() if isinstance(module, pixelcnn.MaskedConv2d))
