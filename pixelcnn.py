@@ -515,9 +515,9 @@ def train_prior(config, data, run, tokenizer):
 # None: neither PixelCNN nor Gated PixelCNN was released, so this file has no from_official.
 
 
-# === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ===========================
+# === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
 class UserError(Exception):
-    """A mistake the user can mend. main prints it as one line (what is wrong, what would be right) and exits with code 2."""
+    """A mistake the user can mend: main prints its one line (what is wrong, what would be right) and exits with code 2."""
 
 
 @contextlib.contextmanager
@@ -534,15 +534,16 @@ def explain(what, remedy):
 def write_file(path, data):
     """Write bytes to a temporary file, then rename it: a reader finds the old file or the new one, never half of one."""
     temporary = Path(f"{path}.tmp")
-    try:
-        with explain(f"cannot write {path}", "what was there before is unharmed"), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with explain(f"cannot write {path}", "what was there before is unharmed"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star", "crescent", "bars")
@@ -551,55 +552,51 @@ COLOURS = {"red": (235, 60, 50), "orange": (245, 150, 40), "yellow": (245, 225, 
 
 
 def shape_distance(shape, x, y):
-    """Signed distance (negative inside) from points x, y to a shape of radius 1 around 0; y points down."""
-    def star(x, y):
-        a = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5           # fold the five arms onto one
-        r, notch = np.hypot(x, y), 0.45 * np.exp(1j * np.pi / 5)
-        nx, ny = notch.imag, 1 - notch.real                                         # normal of the edge from (1, 0) to the notch
-        return ((r * np.cos(a) - 1) * nx + np.abs(r * np.sin(a)) * ny) / np.hypot(nx, ny)
+    """Signed distance (negative inside) from the points x, y to a shape of radius 1 around 0; y points down."""
+    def star():
+        angle, r = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5, np.hypot(x, y)   # five arms folded onto one
+        nx, ny = 0.45 * np.sin(np.pi / 5), 1 - 0.45 * np.cos(np.pi / 5)         # normal of the edge from the tip to the notch
+        return ((r * np.cos(angle) - 1) * nx + np.abs(r * np.sin(angle)) * ny) / np.hypot(nx, ny)
     box = lambda x, y, w, h: np.maximum(np.abs(x) - w, np.abs(y) - h)
     return {"circle": lambda: np.hypot(x, y) - 1,
             "square": lambda: box(x, y, 0.8, 0.8),
-            "triangle": lambda: np.maximum(y, np.abs(x) * np.sqrt(0.75) - y / 2) - 0.5,
+            "triangle": lambda: np.maximum(y, np.abs(x) * 0.75 ** 0.5 - y / 2) - 0.5,
             "diamond": lambda: (np.abs(x) / 0.65 + np.abs(y) - 1) * 0.55,
             "ring": lambda: np.abs(np.hypot(x, y) - 0.75) - 0.25,
             "cross": lambda: np.minimum(box(x, y, 1, 0.3), box(x, y, 0.3, 1)),
-            "star": lambda: star(x, y),
+            "star": star,
             "crescent": lambda: np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.5, y)),
-            "bars": lambda: box(x, np.minimum(np.abs(y), np.abs(np.abs(y) - 0.66)), 0.9, 0.2),     # three, the middle one at 0
-            }[shape]()
+            "bars": lambda: box(x, np.minimum(np.abs(y), np.abs(np.abs(y) - 0.66)), 0.9, 0.2)}[shape]()
 
 
 def draw_shapes(seed, indices, size):
     """Picture i is a function of (seed, i).  indices (B,) -> images uint8 (B, size, size, 3), labels int64 (B,)."""
-    u = np.random.default_rng(seed).random((max(indices) + 1, 6))[indices]          # row i of the seed's random numbers
-    labels = (u[:, 0] * len(SHAPES)).astype(np.int64)
-    colour = np.array(list(COLOURS.values()), np.float32)[(u[:, 1] * len(COLOURS)).astype(int)]
-    radius, turn = (0.45 + 0.25 * u[:, 2]).astype(np.float32), (0.5 * u[:, 3] - 0.25).astype(np.float32)
-    centre = 0.3 * np.sqrt(u[:, 4]) * np.exp(2j * np.pi * u[:, 5])                  # uniform in a disc; half the side = 1
-    axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1
+    u = np.random.default_rng(seed).random((max(indices) + 1, 6), np.float32)[indices]      # row i of the seed's numbers
+    labels, colour = (u[:, 0] * 9).astype(np.int64), np.array(list(COLOURS.values()), np.float32)[(u[:, 1] * 8).astype(int)]
+    radius, turn, r, phi = 0.45 + 0.25 * u[:, 2], 0.5 * u[:, 3] - 0.25, 0.3 * np.sqrt(u[:, 4]), 2 * np.pi * u[:, 5]
+    axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1                           # pixel centres; half the side = 1
     coverage = np.empty((len(labels), size, size), np.float32)
-    for label in np.unique(labels):
-        k = np.flatnonzero(labels == label)
-        x = (axis[None, None, :] - centre.real[k].astype(np.float32)[:, None, None]) / radius[k][:, None, None]
-        y = (axis[None, :, None] - centre.imag[k].astype(np.float32)[:, None, None]) / radius[k][:, None, None]
-        c, s = np.cos(turn[k])[:, None, None], np.sin(turn[k])[:, None, None]
-        distance = shape_distance(SHAPES[label], c * x + s * y, c * y - s * x) * radius[k][:, None, None] * size / 2
-        coverage[k] = np.clip(0.5 - distance, 0, 1)                                 # the edge is one pixel wide
+    for label, shape in enumerate(SHAPES):
+        k = labels == label
+        radius_k, cx, cy, c, s = (a[k, None, None] for a in (radius, r * np.cos(phi), r * np.sin(phi), np.cos(turn), np.sin(turn)))
+        x, y = (axis - cx) / radius_k, (axis[:, None] - cy) / radius_k
+        distance = shape_distance(shape, c * x + s * y, c * y - s * x) * radius_k * (size / 2)
+        coverage[k] = np.clip(0.5 - distance, 0, 1)                                         # the edge is one pixel wide
     ground = np.array((20, 20, 30), np.float32)
-    images = ground + coverage[..., None] * (colour[:, None, None, :] - ground)
-    return images.round().astype(np.uint8), labels
+    return (ground + coverage[..., None] * (colour[:, None, None] - ground)).round().astype(np.uint8), labels
 
 
-DOWNLOADS = {   # name: (address, {file: MD5 of its content, for MNIST's .gz files of what is inside})
+DOWNLOADS = {   # name: (address, {file: MD5 of its content; for MNIST's .gz files of what is inside})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb", "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637"}),
+        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637"}),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})}
 
 
 def fetch(name, folder):
-    """Contents of a data set's files in folder/name or folder, downloaded first if absent; a download gets its name when whole."""
+    """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named only when it is whole."""
     def content(path):
         with explain(f"{path} is truncated or corrupt", "delete it, and it is downloaded again"):
             data = gzip.decompress(path.read_bytes()) if path.name.endswith("ubyte.gz") else path.read_bytes()
@@ -608,13 +605,13 @@ def fetch(name, folder):
             return data
     address, files = DOWNLOADS[name]
     for file, md5 in files.items():
-        target = next((path for path in (folder / name / file, folder / file) if path.exists()), folder / name / file)
+        target = folder / file if (folder / file).exists() else folder / name / file
         if not target.exists():
-            part = target.parent / "unfinished" / file
-            with explain(f"cannot download {address + file}", f"put it into {target.parent} yourself, or say where it is with --data-dir"):
+            part = folder / name / "unfinished" / file
+            with explain(f"cannot download {address}{file}", f"put it into {target.parent}, or say where it is by --data-dir"):
                 part.parent.mkdir(parents=True, exist_ok=True)
-                with urllib.request.urlopen(address + file, timeout=60) as source, open(part, "wb") as out, \
-                        tqdm(total=int(source.headers["Content-Length"] or 0), unit="B", unit_scale=True, desc=file, disable=None) as bar:
+                with urllib.request.urlopen(address + file, timeout=60) as source, open(part, "wb") as out, tqdm(
+                        total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, desc=file, disable=None) as bar:
                     while chunk := source.read(1 << 16):
                         bar.update(out.write(chunk))
             content(part)
@@ -624,24 +621,22 @@ def fetch(name, folder):
 
 def read_image(file, size):
     """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
-    image = Image.open(file).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BOX))
+    return np.asarray(ImageOps.fit(Image.open(file).convert("RGB"), (size, size), Image.Resampling.BOX))
 
 
 def read_folder(source, config):
-    """A folder or .zip with train/<class>/*, test/<class>/* -> classes, {"train": [images, labels], "test": ...}."""
+    """A folder or .zip with train/<class>/*, test/<class>/* -> classes, {"train": (images, labels), "test": ...}."""
     root, splits = Path(source), {"train": ([], []), "test": ([], [])}
     with explain(f"--data {source} is no folder and no whole .zip", "give shapes, mnist, cifar10, or a folder or .zip of images"):
         archive = None if root.is_dir() else zipfile.ZipFile(root)
-        names = archive.namelist() if archive else [path.relative_to(root).as_posix() for path in root.rglob("*")]
+    names = archive.namelist() if archive else [path.relative_to(root).as_posix() for path in root.rglob("*")]
     names = sorted(name for name in names if re.fullmatch(r"(train|test)/[^/]+/[^/]+[.](png|jpe?g|webp|bmp|gif)", name, re.I))
-    classes = sorted({name.split("/")[1] for name in names})
-    held_out = not any(name.startswith("test/") for name in names)
+    classes, has_test = sorted({name.split("/")[1] for name in names}), any(name.startswith("test/") for name in names)
     for number, name in enumerate(tqdm(names, "reading images", leave=False, disable=None)):
         split, label = name.split("/")[:2]
-        images, labels = splits["test" if held_out and number % 10 == 9 else split]
+        images, labels = splits["test" if not has_test and number % 10 == 9 else split]
         try:
-            with explain(f"image {name} of {source} cannot be read", "mend or delete it, or go on without it by --skip-corrupt"):
+            with explain(f"image {name} of {source} cannot be read", "mend or delete it, or leave it out by --skip-corrupt"):
                 images.append(read_image(io.BytesIO(archive.read(name)) if archive else root / name, config.image_size))
                 labels.append(classes.index(label))
         except UserError:
@@ -652,7 +647,7 @@ def read_folder(source, config):
 
 @dataclass
 class Data:
-    """A data set in memory. train, test: images uint8 (N, 3, H, W), labels int64 (N,)."""
+    """A data set in memory. train, test: (images uint8 (N, 3, H, W), labels int64 (N,))."""
     classes: list
     train: tuple
     test: tuple
@@ -665,33 +660,33 @@ class Data:
 
 
 def load_data(config):
-    """The data set config.data at config.image_size. Raises UserError if it is missing, empty, corrupt or has other classes."""
-    limit, size = {"train": config.train_images, "test": config.test_images}, config.image_size
+    """The data set config.data at config.image_size. UserError if it is missing, empty, corrupt or has other classes."""
+    limit, size, folder = {"train": config.train_images, "test": config.test_images}, config.image_size, Path(config.data_dir)
     if config.data == "shapes":
         classes = SHAPES
-        splits = {"train": draw_shapes(0, range(limit["train"] or 20_000), size), "test": draw_shapes(1, range(limit["test"] or 2_000), size)}
+        splits = {"train": draw_shapes(0, range(limit["train"] or 20_000), size),
+                  "test": draw_shapes(1, range(limit["test"] or 2_000), size)}
     elif config.data == "mnist":
-        train, train_labels, test, test_labels = (np.frombuffer(file, np.uint8) for file in fetch("mnist", Path(config.data_dir)))
-        classes = list("0123456789")
-        splits = {"train": (train[16:], train_labels[8:]), "test": (test[16:], test_labels[8:])}
+        x, y, x_test, y_test = (np.frombuffer(file, np.uint8) for file in fetch("mnist", folder))
+        classes, splits = "0123456789", {"train": (x[16:], y[8:]), "test": (x_test[16:], y_test[8:])}
         splits = {split: (x.reshape(-1, 28, 28, 1).repeat(3, 3), y) for split, (x, y) in splits.items()}
     elif config.data == "cifar10":
-        classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-        with tarfile.open(fileobj=io.BytesIO(*fetch("cifar10", Path(config.data_dir)))) as tar:
-            files = {file.name: tar.extractfile(file).read() for file in sorted(tar, key=lambda file: file.name) if file.name.endswith(".bin")}
-        join = lambda word: np.frombuffer(b"".join(files[name] for name in files if word in name), np.uint8).reshape(-1, 3073)
-        splits = {split: (r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0])   # a record: label, 3 planes
-                  for split, r in (("train", join("data_batch")), ("test", join("test_batch")))}
+        classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+        with tarfile.open(fileobj=io.BytesIO(*fetch("cifar10", folder))) as tar:
+            files = {Path(file.name).stem: tar.extractfile(file).read() for file in tar if file.name.endswith(".bin")}
+        splits = {"train": b"".join(files[f"data_batch_{i}"] for i in range(1, 6)), "test": files["test_batch"]}
+        splits = {split: np.frombuffer(data, np.uint8).reshape(-1, 3073) for split, data in splits.items()}
+        splits = {split: (r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0]) for split, r in splits.items()}
     else:
         classes, splits = read_folder(config.data, config)
     for split, (images, labels) in splits.items():
         if not len(images):
-            raise UserError(f"{config.data} has no {split} images: it needs {split}/<class>/*.png or .jpg (of ten images in train/ one becomes test)")
-        images, labels = (np.array(a[:limit[split] or None]) for a in (images, labels))
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+            raise UserError(f"{config.data} has no {split} images: it needs {split}/<class>/*.png or .jpg (without any test/, "
+                            f"every tenth image of train/ is held out)")
+        images = torch.from_numpy(np.array(images[:limit[split] or None])).permute(0, 3, 1, 2)
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        splits[split] = images, torch.from_numpy(labels.astype(np.int64))
+        splits[split] = images, torch.tensor(np.array(labels[:limit[split] or None]), dtype=torch.int64)
     if config.num_classes not in (0, len(classes)):
         raise UserError(f"{config.data} has {len(classes)} classes, num_classes is {config.num_classes}: add --num-classes {len(classes)}")
     return Data(list(classes), **splits)
@@ -731,32 +726,32 @@ def set_lr(optimizer, step, config, total):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """ema += (1 - decay) (model - ema), with a smaller decay at first: the average of a young model must not lag behind it."""
+    """ema += (1 - decay) (model - ema), with a smaller decay at first: the average must not lag behind a young model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt, pictures. Of several processes only the first one writes.
 
-    config given: a fresh folder; None: the run that is there. state = {config, classes, metrics, seconds,
-    progress {stage: steps done}, objects {name: state_dict}} is what checkpoint.pt holds.
+    config given: a fresh folder; None: the run that is there. checkpoint.pt holds `state`: config, classes, metrics, seconds,
+    progress {stage: steps done}, objects {name: state_dict}.
     """
     def __init__(self, folder, config=None, classes=()):
-        self.folder, self.checkpoint, self.objects = Path(folder), Path(folder) / "checkpoint.pt", {}
+        self.folder, self.checkpoint, self.objects, self.config = Path(folder), Path(folder) / "checkpoint.pt", {}, config
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
-        if "RANK" in os.environ and not dist.is_initialized():                      # started by torchrun
+        if "RANK" in os.environ and not dist.is_initialized():                  # started by torchrun
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         self.main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
-            with explain(f"{folder} holds no checkpoint.pt to go on from", f"start one with train --out {folder}"):
+            with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
                 data = io.BytesIO(self.checkpoint.read_bytes())
-            with explain(f"{self.checkpoint} is truncated, or more than tensors and numbers of this file, and was refused", "train anew"):
+            with explain(f"{self.checkpoint} is truncated or no checkpoint of tensors and numbers, and was refused", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
                 self.config = Config(**self.state["config"])
-        else:
-            self.config, self.state = config, dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0, progress={}, objects={})
-        if config and self.main:
+            return
+        self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0, progress={}, objects={})
+        if self.main:
             if self.checkpoint.exists():
                 raise UserError(f"{folder} holds a run already: go on with train --resume {folder}, or choose another --out")
             with explain(f"cannot make the run folder {folder}", "choose another --out"):
@@ -776,11 +771,10 @@ class Run:
 
         def on_interrupt(*_):
             stop.append(True)
-            signal.signal(signal.SIGINT, signal.default_int_handler)                # a second Ctrl-C stops at once, unsaved
+            signal.signal(signal.SIGINT, signal.default_int_handler)            # a second Ctrl-C stops at once, unsaved
         previous = signal.signal(signal.SIGINT, on_interrupt)
         try:
-            self.bar = tqdm(range(start, total), stage, total, initial=start, mininterval=1,
-                            disable=None if self.main else True)                    # None: no bar where nobody looks
+            self.bar = tqdm(range(start, total), stage, total, initial=start, mininterval=1, disable=None if self.main else True)
             for step in self.bar:
                 yield step
                 self.state["progress"][stage] = step + 1
@@ -801,24 +795,23 @@ class Run:
             write_file(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.state["metrics"]).encode())
 
     def log(self, stage, step, **metrics):
-        """Raise UserError unless all metrics are finite; keep every log_every-th row, averaged over the processes."""
+        """UserError unless all metrics, averaged over the processes, are finite; every log_every-th row is kept."""
         values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in metrics.values()])
         average(values)
         metrics = dict(zip(metrics, values.tolist()))
         if not values.isfinite().all():
-            raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint is {self.checkpoint}, "
-                            f"it and metrics.jsonl are kept: train anew with a smaller --lr")
+            raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint, {self.checkpoint}, is kept: "
+                            f"train anew with a smaller --lr")
         if step % self.config.log_every == 0:
             self.state["metrics"].append({"stage": stage, "step": step, **metrics})
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
 
     def plot(self):
         """curves.png: the loss of every stage, raw and smoothed."""
-        figure = Figure(figsize=(7, 4))
+        axis = (figure := Figure(figsize=(7, 4))).gca()
         for stage in dict.fromkeys(row["stage"] for row in self.state["metrics"]):
             step, loss = np.array([(row["step"], row["loss"]) for row in self.state["metrics"] if row["stage"] == stage]).T
-            k = min(25, len(loss))
-            [line] = (axis := figure.gca()).plot(step, loss, alpha=0.3)
+            [line], k = axis.plot(step, loss, alpha=0.3), min(25, len(loss))
             axis.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, "valid"), color=line.get_color(), label=f"{stage}, mean of {k} rows")
             axis.set(xlabel="step", ylabel="loss", ylim=(loss.min(), np.quantile(loss, 0.95) * 1.05))
             axis.legend()
@@ -827,13 +820,18 @@ class Run:
 
 
 def load_run(folder):
-    """-> run, tokenizer, prior of a run folder, in eval mode on the device: the averaged weights where there are any."""
+    """-> run, tokenizer, prior of a run folder, in eval mode on its device; averaged weights where there are any."""
     run, modules = Run(folder), []
     for name, build in (("tokenizer", build_tokenizer), ("prior", build_prior)):
         modules.append(build(run.config).to(run.device).eval())
         with explain(f"{run.checkpoint} does not fit its config", "train anew"):
-            modules[-1].load_state_dict(run.state["objects"].get(name + "_ema") or run.state["objects"].get(name, {}))
+            modules[-1].load_state_dict(run.state["objects"].get(f"{name}_ema") or run.state["objects"].get(name, {}))
     return run, *modules
+
+
+def to_bytes(images):
+    """Images in [-1, 1] -> uint8 on the CPU."""
+    return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def save_grid(images, path, columns):
@@ -847,13 +845,9 @@ def save_grid(images, path, columns):
     write_file(path, buffer.getbuffer())
 
 
-def to_bytes(images):
-    return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-
-
 def peak_memory():
     """Largest memory of this process so far in MiB; on CUDA the GPU's."""
-    if torch.cuda.is_available() or sys.platform == "win32":                        # Windows cannot tell
+    if torch.cuda.is_available() or sys.platform == "win32":                    # Windows cannot tell
         return torch.cuda.max_memory_allocated() >> 20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
@@ -861,56 +855,49 @@ def peak_memory():
 
 # === Command line =====================================================================================================
 class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError."""
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def add_fields(parser, config_class):
-    """A flag for every field of the Config; its help is the comment behind the field."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config_class), re.M))
-    for field in dataclasses.fields(config_class):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if typing.get_origin(field.type) is tuple:
-            kind = {"type": typing.get_args(field.type)[0], "nargs": "+"}
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
-                            help=comments[field.name].replace("%", "%%"), **kind)
-
-
 def parse(argv):
+    """The command line. Every field of the Config is a flag of `train`; its help is the comment behind the field."""
     parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train, then sample and evaluate", allow_abbrev=False)
     train.add_argument("--preset", choices=PRESETS, default="demo", help="where the fields not given come from")
-    train.add_argument("--out", default=None, help="run folder to make (default: runs/pixelcnn_PRESET)")
+    train.add_argument("--out", help="run folder to make (default: runs/pixelcnn_PRESET)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
-    add_fields(train, Config)
-    for name, text in (("sample", "draw images"), ("complete", "hide the lower half of images and draw it anew"),
-                       ("reconstruct", "images through the tokenizer, side by side, with PSNR"), ("evaluate", "write RUN/report.json")):
-        verb = verbs.add_parser(name, help=text, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        if typing.get_origin(field.type) is tuple:
+            kind = {"type": typing.get_args(field.type)[0], "nargs": "+"}
+        train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
+                           help=comments[field.name].replace("%", "%%"), **kind)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         verb.add_argument("run", help="run folder")
         if name in ("complete", "reconstruct"):
             verb.add_argument("photos", nargs="*", help="image files (none: the first test images)")
         if name != "evaluate":
             verb.add_argument("--out", help="PNG to write (default: in the run folder)")
-        if name in ("sample", "complete"):
-            verb.add_argument("--labels", nargs="+", help="classes by number or name, repeated as needed (default: all in turn)")
-            verb.add_argument("--num", type=int, default=None, help="images to draw")
-            verb.add_argument("--temperature", type=float, default=None, help="logits are divided by it (default: the run's)")
-            verb.add_argument("--seed", type=int, default=0)
+        if name not in ("evaluate", "reconstruct"):
+            verb.add_argument("--labels", nargs="+", help="classes by number or name, repeated in turn (default: all)")
+            verb.add_argument("--num", type=int, default=0, help="images to draw, for complete: of each image")
+            verb.add_argument("--temperature", type=float, default=0, help="logits are divided by it (default: the run's)")
+            verb.add_argument("--seed", type=int, default=0, help="of the generator that draws")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Runs a command line; a UserError ends it with one line on stderr and exit code 2. No arguments: the demo."""
     try:
-        argv = sys.argv[1:] if argv is None else list(argv)
-        if not argv:
-            demo = Path("runs/pixelcnn_demo")
-            argv = ["train", "--resume", str(demo)] if (demo / "checkpoint.pt").exists() else ["train", "--out", str(demo)]
-        args = parse(argv)
+        argv, demo = sys.argv[1:] if argv is None else list(argv), Path("runs/pixelcnn_demo")
+        args = parse(argv or ["train", "--resume" if (demo / "checkpoint.pt").exists() else "--out", str(demo)])
         globals()[f"{args.verb}_command"](args)
     except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error or 'interrupted; what was written before is kept'}", file=sys.stderr)
+        print(f"error: {str(error) or 'interrupted; what was written before is kept'}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -918,126 +905,131 @@ def train_command(args):
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     if args.resume:
         run = Run(args.resume)
-        asked = json.loads((run.folder / "config.json").read_text()) | fields
-        saved = json.loads(json.dumps(run.state["config"]))
-        wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items() if value != saved.get(name) and name != "data_dir"]
+        saved, asked = run.state["config"], json.loads((run.folder / "config.json").read_text()) | fields
+        plain = lambda value: list(value) if isinstance(value, tuple) else value
+        wrong = [f"{k} {saved.get(k)} there, {v} here" for k, v in asked.items() if plain(saved.get(k)) != plain(v) and k != "data_dir"]
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
-        config = dataclasses.replace(run.config, **fields)
-        data = load_data(config)
-    else:
-        config = dataclasses.replace(PRESETS[args.preset], **fields)
-        check(config)
-        data = load_data(config)
-        run = Run(args.out or f"runs/pixelcnn_{args.preset}", config, data.classes)
-    tokenizer = train_tokenizer(config, data, run)
-    train_prior(config, data, run, tokenizer)
+    config = dataclasses.replace(run.config if args.resume else PRESETS[args.preset], **fields)
+    check(config)
+    data = load_data(config)
+    run = run if args.resume else Run(args.out or f"runs/pixelcnn_{args.preset}", config, data.classes)
+    train_prior(config, data, run, train_tokenizer(config, data, run))
     if run.main:
         run.plot()
-        for verb in ("sample", "reconstruct", "evaluate"):
+        for verb in ("reconstruct", "evaluate", "sample"):
             main([verb, str(run.folder)])
-
-
-def read_labels(words, run, num):
-    """Class numbers or names of the command line -> labels (num,), repeated in turn; none given: all classes in turn."""
-    classes = run.state["classes"]
-    count = run.config.num_classes
-    if words and not count:
-        raise UserError("this model was trained without classes: leave --labels out")
-    labels = [classes.index(word) if word in classes else int(word) if word.isdigit() else -1 for word in words or ()]
-    for word, label in zip(words or (), labels):
-        if not 0 <= label < count:
-            raise UserError(f"label {word} is unknown: this model has 0 to {count - 1} ({', '.join(classes)})")
-    labels = labels or list(range(count)) or [0]
-    return torch.tensor([labels[i % len(labels)] for i in range(num)])
 
 
 def finish(path, following):
     print(f"{path}   next: python pixelcnn.py {following}")
 
 
+def read_labels(words, run, num):
+    """Classes of the command line, by number or name -> labels (num,), repeated in turn; none given: all classes in turn."""
+    classes, count = run.state["classes"], run.config.num_classes
+    if words and not count:
+        raise UserError(f"{run.folder} was trained without classes: leave --labels out")
+    labels = [classes.index(word) if word in classes else int(word) if word.isdigit() else -1 for word in words or ()]
+    for word, label in zip(words or (), labels):
+        if not 0 <= label < count:
+            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}, or {', '.join(classes)}")
+    return torch.tensor((labels or list(range(max(1, count)))) * num, device=run.device)[:num]
+
+
+def read_photos(args, run):
+    """The photos of the command line -> images (n, 3, S, S) in [-1, 1], labels "no class"; none given: eight test images."""
+    if not args.photos:
+        images, labels = (split[:8] for split in load_data(run.config).test)
+        return images / 127.5 - 1, labels.clamp(max=run.config.num_classes).to(run.device)
+    images = []
+    for photo in args.photos:
+        with explain(f"{photo} cannot be read as an image", "give PNG or JPEG files"):
+            images.append(torch.from_numpy(read_image(photo, run.config.image_size).copy()).permute(2, 0, 1))
+    return torch.stack(images) / 127.5 - 1, torch.full((len(images),), run.config.num_classes, device=run.device)
+
+
+def draw(args, run, tokenizer, prior, labels, **known):
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    return sample(tokenizer, prior, labels, temperature=args.temperature or run.config.temperature, generator=generator, **known)
+
+
 def sample_command(args):
     run, tokenizer, prior = load_run(args.run)
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
-    labels = read_labels(args.labels, run, args.num or 8 * columns).to(run.device)
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    images = sample(tokenizer, prior, labels, temperature=args.temperature or run.config.temperature, generator=generator)
-    out = args.out or run.folder / "samples.png"
+    labels = read_labels(args.labels, run, args.num or 8 * columns)
+    images = draw(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())
-    save_grid(images, out, columns)
+    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
+    save_grid(images, out := args.out or run.folder / "samples.png", columns)
     finish(out, f"complete {args.run}")
 
 
-def read_photos(args, run, count):
-    """The photos of the command line, or the first test images -> images (n, 3, S, S) in [-1, 1], their labels."""
-    if not args.photos:
-        data = load_data(run.config)
-        return data.test[0][:count] / 127.5 - 1, data.test[1][:count]
-    photos = []
-    for photo in args.photos:
-        with explain(f"{photo} cannot be read as an image", "give PNG or JPEG files"):
-            photos.append(read_image(photo, run.config.image_size))
-    return torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2) / 127.5 - 1, torch.full((len(photos),), run.config.num_classes)
-
-
 def complete_command(args):
-    """Each row: the image, what the model is shown of it, and its completions (PixelRNN Fig. 1)."""
+    """Each row: an image, what the model is shown of it, and what it makes of that (PixelRNN Fig. 1)."""
     run, tokenizer, prior = load_run(args.run)
-    images, labels = read_photos(args, run, 8)
-    labels = read_labels(args.labels, run, len(images)) if args.labels else labels.clamp(max=run.config.num_classes)
-    generator, num = torch.Generator(run.device).manual_seed(args.seed), args.num or 6
+    (images, labels), num, S = read_photos(args, run), args.num or 6, run.config.image_size
+    labels = read_labels(args.labels, run, len(images)) if args.labels else labels
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))
-    known = tokens[:, :tokens.shape[1] // 2 // run.config.image_size * run.config.image_size].to(run.device)
-    drawn = sample(tokenizer, prior, labels.repeat_interleave(num).to(run.device), known=known.repeat_interleave(num, 0),
-                   temperature=args.temperature or run.config.temperature, generator=generator)
-    shown = tokenizer.decode(tokens)
-    hidden = shown.clone()
-    hidden[:, :, known.shape[1] // run.config.colours // run.config.image_size:] = 0
-    out = args.out or run.folder / "completions.png"
-    save_grid(torch.cat([shown[:, None], hidden[:, None], drawn.cpu().unflatten(0, (-1, num))], 1).flatten(0, 1), out, 2 + num)
+    known = tokens[:, :S // 2 * S * run.config.colours].repeat_interleave(num, 0).to(run.device)
+    drawn = draw(args, run, tokenizer, prior, labels.repeat_interleave(num), known=known).cpu().unflatten(0, (-1, num))
+    shown = tokenizer.decode(tokens)[:, None].repeat(1, 2, 1, 1, 1)
+    shown[:, 1, :, S // 2:] = 0
+    save_grid(torch.cat([shown, drawn], 1).flatten(0, 1), out := args.out or run.folder / "completions.png", 2 + num)
     finish(out, f"evaluate {args.run}")
+
+
+def interpolate_command(args):
+    """Rows: draws; columns: the class vector moves from one class to another (Gated PixelCNN Fig. 5), the random numbers stay."""
+    run, tokenizer, prior = load_run(args.run)
+    if len(args.labels or ()) != 2:
+        raise UserError("interpolate needs two classes: --labels A B")
+    a, b = F.one_hot(read_labels(args.labels, run, 2), run.config.num_classes).float()
+    columns = [draw(args, run, tokenizer, prior, torch.lerp(a, b, w).expand(args.num or 6, -1)) for w in torch.linspace(0, 1, 9).tolist()]
+    save_grid(torch.stack(columns, 1).flatten(0, 1), out := args.out or run.folder / "interpolation.png", 9)
+    finish(out, f"sample {args.run}")
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of images in [-1, 1], each (B, 3, H, W) -> (B,) in dB; 100 at most."""
+    return -10 * ((a - b) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
 def reconstruct_command(args):
     run, tokenizer, _ = load_run(args.run)
-    images, _ = read_photos(args, run, 8)
-    again = tokenizer(images)[0]
-    psnr = -10 * ((images - again) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
-    print("PSNR in dB: " + " ".join(f"{value:.2f}" for value in psnr))
-    out = args.out or run.folder / "reconstructions.png"
-    save_grid(torch.stack([images, again], 1).flatten(0, 1), out, 8)
+    images, again = (images := read_photos(args, run)[0]), tokenizer(images)[0]
+    print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
+    save_grid(torch.stack([images, again], 1).flatten(0, 1), out := args.out or run.folder / "reconstructions.png", 8)
     finish(out, f"sample {args.run}")
 
 
 def evaluate_command(args):
-    """report.json: likelihood of the test images, speed, size. Binary images: bits drawn once, from seed 0 (dynamic protocol)."""
+    """Likelihood of the test images (binary: bits drawn once, from a fixed seed), code use, speed, size."""
     run, tokenizer, prior = load_run(args.run)
-    config, (images, labels) = run.config, load_data(run.config).test
-    images = images / 127.5 - 1
-    tokens = tokenizer.encode(images, torch.Generator().manual_seed(0))
-    nats = likelihood(prior, tokens, labels)
-    share = torch.bincount(tokens.flatten(), minlength=config.levels) / tokens.numel()
-    entropy = float(-(share * share.clamp(min=1e-12).log()).sum())
-    start = time.time()
-    sample(tokenizer, prior, read_labels(None, run, 16).to(run.device), generator=torch.Generator(run.device).manual_seed(0))
-    report = {
-        "file": "pixelcnn.py", "data": config.data, "test_images": len(images), "model": config.model,
-        "parameters": sum(p.numel() for p in prior.parameters()),
-        "nats_per_token": nats / tokens.shape[1], "nats_per_image": nats, "bits_per_dim": nats / tokens.shape[1] / math.log(2),
-        "unigram_nats_per_token": entropy, "codebook_use": float((share > 0).float().mean()), "perplexity": math.exp(entropy),
-        "psnr": float(-10 * ((images - tokenizer(images)[0]) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean()),
-        "samples_per_second": 16 / (time.time() - start), "peak_memory_mib": peak_memory(),
-        "train_steps": run.state["progress"].get("prior", 0), "train_seconds": run.state["seconds"],
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type}, {torch.get_num_threads()} threads",
-        "command": f"python pixelcnn.py evaluate {args.run}"}
-    print(f"test {nats:.2f} nats per image, {report['nats_per_token']:.4f} per token ({report['bits_per_dim']:.4f} bits per dim); "
-          f"a model without context: {entropy:.4f} nats per token")
-    if config.levels == 2:
-        print("protocol: dynamic binarisation, test bits drawn once from a fixed seed; the paper's 81.30 nats (PixelCNN) is on the static set")
+    images, labels = load_data(run.config).test
+    tokens = tokenizer.encode(images := images / 127.5 - 1, torch.Generator().manual_seed(0))
+    nats, L, count = likelihood(prior, tokens, labels), tokens.shape[1], torch.bincount(tokens.flatten(), minlength=run.config.levels)
+    entropy, start, num = float(torch.distributions.Categorical(count.double()).entropy()), time.time(), 16
+    sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0))
+    report = dict(
+        file="pixelcnn.py", data=run.config.data, model=run.config.model, parameters=sum(p.numel() for p in prior.parameters()),
+        nats_per_token=nats / L, nats_per_image=nats, bits_per_dim=nats / L / math.log(2), test_images=len(images),
+        unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
+        psnr=float(psnr(images, tokenizer(images)[0]).mean()), samples_per_second=num / (time.time() - start),
+        peak_memory_mib=peak_memory(), train_steps=run.state["progress"].get("prior", 0), train_seconds=run.state["seconds"],
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type}, {torch.get_num_threads()} threads",
+        command=f"python pixelcnn.py evaluate {args.run}")
+    print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
+          f"(without context {entropy:.4f} nats per token, without anything {math.log(run.config.levels):.4f})")
+    if run.config.levels == 2:
+        print("protocol: dynamic binarisation, test bits drawn once from seed 0; PixelCNN's published 81.30 nats are on the static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
     finish(run.folder / "report.json", f"sample {args.run}")
 
+
+VERBS = {"sample": "draw images", "complete": "hide the lower half of images and draw it anew",
+         "interpolate": "draw images between two classes", "reconstruct": "images through the tokenizer, side by side, with PSNR",
+         "evaluate": "likelihood, speed, size: writes RUN/report.json"}
 
 if __name__ == "__main__":
     main()
