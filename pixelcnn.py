@@ -7,34 +7,34 @@
     PixelCNN        van den Oord, Kalchbrenner, Kavukcuoglu: Pixel Recurrent Neural Networks, 2016, arXiv 1601.06759
     Gated PixelCNN  van den Oord et al.: Conditional Image Generation with PixelCNN Decoders, 2016, arXiv 1606.05328
 
-The idea. By the chain rule p(x) = prod_i p(x_i | x_1 ... x_{i-1}), exactly, for any order of the pixels; take them row by
-row, left to right, and inside a pixel red, green, blue. A convolutional network computes all factors of a known image in ONE
-pass if no output can see its own pixel or a later one: its kernels are multiplied by masks. Each factor is a softmax over all
-values a pixel can have, so nothing is assumed about its shape. Training is a classifier's cross-entropy and the result is a
-true likelihood. To sample, draw one value after the other: N passes for N values.
-PixelCNN's masks leave a blind spot above and to the right; Gated PixelCNN removes it with two stacks (one reads the rows
-above, one the row to the left), gates its features as an LSTM does and can be told a class or a map of features.
+The idea. By the chain rule p(x) = prod_i p(x_i | x_1 ... x_{i-1}), exactly, in any order of the values; take them row
+by row, left to right, inside a pixel red, green, blue. A convolutional network computes all factors of a known image
+in ONE pass if no output can see its own value or a later one: its kernels are multiplied by masks. Each factor is a
+softmax over all values a pixel can have: nothing is assumed about its form. Training is a classifier's cross-entropy,
+the result a true likelihood. To sample, draw one value after the other: N values, N passes (or one pixel's share of
+each: see sample). PixelCNN's masks leave a blind spot above and to the right; Gated PixelCNN removes it with two stacks
+(one reads the rows above, one the row to the left), gates its features, and can be told a class or a map of features.
 
-    images (B,3,H,W) -> Tokenizer.encode -> tokens (B,N), N = H*W*C -> Prior -> logits (B,N,V), each from earlier tokens alone
-    labels (B,) -> sample: for i in 0..N-1 draw tokens[:, i] from softmax(logits[:, i]) -> Tokenizer.decode -> images
+    images (B,3,H,W) -> Tokenizer.encode -> tokens (B,N), N = H*W*C -> Prior -> logits (B,N,V), from earlier tokens only
+    labels (B,) -> sample: for each i draw tokens[:, i] from softmax(logits[:, i]) -> Tokenizer.decode -> images
 
 Glossary
-    B, H, W      batch, height, width            C    colours of a pixel: 3, or 1 for grey and binary images
-    N, L         tokens of an image (H*W*C); of the sequence at hand         V    levels a colour can have (the papers: 256)
-    h, p         PixelCNN's h (residual features are 2h); Gated PixelCNN's features per stack: both are Config.width
-    mask A, B    A hides the value itself (first layer), B shows it (all later layers: there it is a feature of the past)
-    v, h         in the gated layers: vertical stack (all rows above), horizontal stack (this row, left of the pixel)
+    B, H, W    batch, height, width           C    colours of a pixel: 3, or 1 for grey and binary images
+    N, L       tokens of an image, H*W*C; tokens at hand     V    levels a colour can have (the papers: 256, or 2)
+    h, p       PixelCNN's h (it has 2h residual features), Gated PixelCNN's p features per stack: both Config.width
+    mask A, B  A hides the value itself (first layer); B shows it (later layers: there it is a feature of the past)
+    v, h       in the gated layers: vertical stack (all rows above), horizontal stack (this row, left of the pixel)
 
 Run
-    python pixelcnn.py                                               the demo: nine shapes by class, minutes on two cores
-    python pixelcnn.py train --preset mnist --data-dir DIR --out runs/mnist
-    python pixelcnn.py sample RUN --labels star ring 3 --num 64      complete RUN [photo.png]   evaluate RUN   ... --help
+    python pixelcnn.py                                              the demo: nine shapes by class, minutes on two cores
+    python pixelcnn.py train --preset mnist --data-dir DIR --out RUN
+    python pixelcnn.py sample RUN --labels star ring 3 --num 64     (also: complete, interpolate, evaluate RUN; --help)
 
-Contents   Config and presets · Tokenizer · Prior · Sampler · Training · Official weights · Helpers · Command line
-Not here   PixelRNN's LSTMs, PixelCNN++. Neither paper's code or weights were ever released: there is no from_official. The
-           tests compare with trusted third-party networks instead, and with the masks as the papers define them.
-Departs    Adam and an average of the weights in place of RMSProp; levels other than 256; the papers do not say how 128 or 256
-           features are divided among 3 colours, so widths here are multiples of 3.
+Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
+Not here   PixelRNN's LSTMs; PixelCNN++'s network (its likelihood is: --likelihood logistic). Neither paper's code or
+           weights were released, so there is no from_official; the tests compare with trusted third-party networks.
+Departs    Adam and averaged weights, not RMSProp; other levels than 256; the papers do not say how 128 or 256 features
+           are divided among three colours, so widths here are multiples of 3.
 """
 import argparse
 import contextlib
@@ -81,23 +81,25 @@ class Config:
     skip_corrupt: bool = False      # leave out images that cannot be read, instead of stopping
     image_size: int = 16            # side of the (square) images in pixels
     colours: int = 3                # colour channels of a pixel: 3, or 1 for grey
-    levels: int = 8                 # values a colour can have, 2 to 256; 2 = binary, drawn anew as Bernoulli(intensity)
+    levels: int = 4                 # values a colour can have, 2 to 256; 2 = binary, drawn anew as Bernoulli(intensity)
+    likelihood: str = "softmax"     # softmax over the levels, or logistic (mixture of discretized logistics)
+    mixtures: int = 10              # logistics in that mixture
     model: str = "gated"            # gated (Gated PixelCNN) or pixelcnn
-    layers: int = 8                 # residual blocks (pixelcnn) or gated layers
-    width: int = 48                 # h (pixelcnn: 2h residual features) or p (gated: features of each stack)
-    kernel: int = 3                 # n of the n x n kernels after the first layer, whose kernel is 7
-    head: int = 96                  # features between the last two 1 x 1 convolutions
+    layers: int = 6                 # gated layers, or residual blocks (pixelcnn)
+    width: int = 24                 # features: p of each stack (gated), or h (pixelcnn, whose residual has 2h)
+    kernel: int = 5                 # n of the n x n kernels after the first layer, whose kernel is 7
+    head: int = 48                  # features between the last two 1 x 1 convolutions
     num_classes: int = 9            # classes the gated model is told (0: none)
     map_channels: int = 0           # channels of a spatial map the gated model is told (0: none)
     seed: int = 0                   # a step is a function of (seed, step)
-    batch_size: int = 32            # images per step, over all processes
+    batch_size: int = 16            # images per step, over all processes
     train_steps_tokenizer: int = 0  # always 0: this tokenizer has nothing to learn
-    train_steps_prior: int = 1500   # steps of training
-    lr: float = 2e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
+    train_steps_prior: int = 4000   # steps of training
+    lr: float = 3e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
     warmup: int = 100               # steps of that warm-up
     clip: float = 1.0               # gradients are scaled down to this norm
     ema: float = 0.999              # decay of the average of the weights that samples and likelihoods come from
-    log_every: int = 10             # steps between two lines of metrics.jsonl
+    log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling (the papers: 1)
     compile: bool = False           # torch.compile (CUDA)
@@ -105,15 +107,15 @@ class Config:
 
 PRESETS = {
     "demo": Config(),
-    # binary pixels as in PixelRNN sec. 5.3, with the second paper's network: after an hour it is a nat better than 15 blocks
-    "mnist": Config(data="mnist", image_size=28, colours=1, levels=2, layers=12, width=16, head=32, num_classes=0,
-                    batch_size=16, train_steps_prior=24_000, save_every=1000, log_every=50),
-    # 15 layers as PixelCNN on CIFAR-10; 2h = 256 features there, here the next multiple of 3 and 8; head 1024
-    "cifar10": Config(data="cifar10", image_size=32, levels=256, layers=15, width=264, kernel=3, head=1023, num_classes=10,
-                      batch_size=16, train_steps_prior=200_000, lr=3e-4, save_every=2000, log_every=50),
-    # Gated PixelCNN's own ImageNet model: 20 layers of 384 features, 5 x 5 kernels, batch 128, 200 K updates
+    # binary pixels as in PixelRNN sec. 5.3; the second paper's network, which learns more per hour of CPU
+    "mnist": Config(data="mnist", image_size=28, colours=1, levels=2, layers=12, width=16, kernel=3, head=32,
+                    num_classes=0, lr=2e-3, train_steps_prior=24_000, save_every=1000, log_every=50),
+    # as deep as PixelCNN on CIFAR-10 (15), its 2h = 256 features up to the next multiple of 3 and 8; its head of 1024
+    "cifar10": Config(data="cifar10", image_size=32, levels=256, layers=15, width=264, kernel=3, head=1023,
+                      num_classes=10, lr=3e-4, train_steps_prior=200_000, save_every=2000, log_every=50),
+    # Gated PixelCNN's own: 20 layers of 384 features, 5 x 5 kernels, batch 128, 200 K updates; give --data FOLDER
     "imagenet64": Config(data="imagenet64", image_size=64, levels=256, layers=20, width=384, kernel=5, head=1023,
-                         num_classes=1000, batch_size=128, train_steps_prior=200_000, lr=3e-4, save_every=1000, log_every=50),
+                         num_classes=1000, batch_size=128, lr=3e-4, train_steps_prior=200_000, save_every=1000),
 }
 
 
@@ -123,12 +125,13 @@ def check(config):
         if not good:
             raise UserError(message)
     need(config.model in ("gated", "pixelcnn"), f"model {config.model!r} is unknown: gated or pixelcnn")
+    need(config.likelihood in ("softmax", "logistic"), f"likelihood {config.likelihood!r}: softmax or logistic")
     need(config.colours in (1, 3), f"colours is {config.colours}: 3, or 1 for grey images")
     need(2 <= config.levels <= 256, f"levels is {config.levels}: 2 to 256")
     need(config.image_size >= 1 and config.layers >= 1, "image_size and layers must be at least 1")
     for name in ("width", "head"):
-        need(getattr(config, name) > 0 and getattr(config, name) % config.colours == 0,
-             f"{name} {getattr(config, name)} is not divisible by the {config.colours} colours: each colour owns a share")
+        value, colours = getattr(config, name), config.colours
+        need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
     need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
     need(config.model == "gated" or not (config.num_classes or config.map_channels),
          "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0 --map-channels 0")
@@ -155,7 +158,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}")
         if self.colours == 1:
             images = images.mean(1, keepdim=True)
-        intensity = (images.permute(0, 2, 3, 1).flatten(1) + 1) / 2         # (B, N): raster order, then R, G, B
+        intensity = (images.permute(0, 2, 3, 1).flatten(1) + 1) / 2             # (B, N): raster order, then R, G, B
         if self.levels == 2 and generator is not None:
             return torch.bernoulli(intensity.clamp(0, 1), generator=generator).long()
         # 1e-3: a byte on the edge of a bin must not fall below it by rounding
@@ -177,11 +180,11 @@ def build_tokenizer(config):
 
 # === Prior: p(token | earlier tokens), all positions in one pass ======================================================
 def causal_mask(kind, out_channels, in_channels, kernel_size, colours=1):
-    """0/1 mask (out, in, kh, kw) of a kernel centred on the pixel to be predicted (PixelRNN sec. 3.4, Fig. 2 right).
+    """0/1 mask (out, in, kh, kw) of a kernel centred on the pixel to be predicted (PixelRNN sec. 3.4, Fig. 2).
 
     kind  "A": the pixels before the centre in raster order; at the centre output colour o sees input colour i iff i < o
-          "B": the same, but i <= o: a feature of colour i has seen nothing beyond colour i, so it may be shown to it
-          "above": the rows above only; "row": those and the centre's whole row (Gated PixelCNN's vertical stack)
+          "B": the same, but i <= o: a feature of colour i has seen nothing beyond colour i, so o may see it
+          "above": the rows above only; "row": these and the centre's whole row (Gated PixelCNN's vertical stack)
     Feature maps belong to colours in turn: channel c to colour c % colours, in every layer.
     """
     kh, kw = kernel_size
@@ -189,7 +192,7 @@ def causal_mask(kind, out_channels, in_channels, kernel_size, colours=1):
     mask[:, :, :kh // 2] = 1
     if kind == "row":
         mask[:, :, kh // 2] = 1
-    elif kind in "AB":
+    elif kind in ("A", "B"):
         mask[:, :, kh // 2, :kw // 2] = 1
         o, i = torch.arange(out_channels)[:, None] % colours, torch.arange(in_channels) % colours
         mask[:, :, kh // 2, kw // 2] = (i < o if kind == "A" else i <= o).float()
@@ -199,8 +202,8 @@ def causal_mask(kind, out_channels, in_channels, kernel_size, colours=1):
 class MaskedConv2d(nn.Conv2d):
     """Convolution whose kh x kw kernel is multiplied by a causal mask; height and width are kept (zero padding).
 
-    What every mask hides is neither stored nor computed: the rows below the centre, and in a kernel of one row the columns
-    right of it. The weight is (out, in, kh // 2 + 1, kw), or (out, in, 1, kw // 2 + 1) for kh = 1.
+    What every mask hides is neither stored nor computed: the rows below the centre and, in a kernel of one row, the
+    columns right of it. The weight is (out, in, kh // 2 + 1, kw), or (out, in, 1, kw // 2 + 1) for kh = 1.
     """
     def __init__(self, kind, in_channels, out_channels, kernel_size, colours=1):
         kh, kw = kernel_size
@@ -219,21 +222,21 @@ class MaskedConv2d(nn.Conv2d):
         (i, j), (r, w) = self.at, x.shape[2:]                   # x is rows i - r + 1 ... i, columns j ... j + w - 1
         self.seen[:, :, top + i + 1 - r:top + i + 1, left + j:left + j + w] = x
         window = self.seen[:, :, i + 1 - r:i + 1 + top, j:j + w + left + right]
-        if window.shape[2:] == weight.shape[2:]:                # one pixel: a matrix product starts faster than a convolution
+        if window.shape[2:] == weight.shape[2:]:                # one pixel: a matrix product has less overhead
             return F.linear(window.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
         return F.conv2d(window, weight, self.bias)
 
 
 @contextlib.contextmanager
 def incremental(net, image):
-    """Inside, net's layers may be given parts of the image alone: every convolution remembers the inputs of earlier parts.
+    """Inside, net's layers may be given parts of the image: each convolution remembers the inputs of earlier parts.
 
-    image (B, C, H, W). Yields at, image: at = [i, j] says where a part lies (it ends with row i, begins with column j); the
-    image is a copy inside zero padding that the first layer looks at, so pixels written to it are seen at once. These are the
-    caches of Fast PixelCNN++ (arXiv 1704.06001), but whole maps: simpler, and no larger than those of one forward pass.
+    image (B, C, H, W). Yields at, image: at = [i, j] says where a part lies (it ends with row i, begins with column j);
+    the image is a copy inside zero padding that the first layer looks at, so pixels written to it are seen at once.
+    The caches of Fast PixelCNN++ (arXiv 1704.06001), but whole maps: simpler, and small beside a training step.
     """
-    at, (B, _, H, W), convs = [0, 0], image.shape, [module for module in net.modules() if isinstance(module, MaskedConv2d)]
-    k = max(conv.border[0] for conv in convs if conv.first)
+    (B, _, H, W), convs = image.shape, [module for module in net.modules() if isinstance(module, MaskedConv2d)]
+    k, at = max(conv.border[0] for conv in convs if conv.first), [0, 0]
     padded = F.pad(image, (k, k, k, 0))
     for conv in convs:
         left, right, top, _ = conv.border
@@ -247,7 +250,7 @@ def incremental(net, image):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), f = ReLU, 1x1 (2h -> h), ReLU, 3x3 (h -> h), ReLU, 1x1 (h -> 2h), mask B throughout (PixelRNN Fig. 5)."""
+    """x + f(x), f = ReLU, 1x1 (2h -> h), ReLU, 3x3 (h -> h), ReLU, 1x1 (h -> 2h), all mask B (PixelRNN Fig. 5)."""
     def __init__(self, h, kernel, colours):
         super().__init__()
         self.net = nn.Sequential(
@@ -268,19 +271,16 @@ def output_head(width, head, out_channels, colours):
 class PixelCNN(nn.Module):
     """7x7 mask A, residual blocks, two 1x1 layers (PixelRNN Table 1).  x (B, C, H, W) -> (B, out_channels, H, W).
 
-    Same wiring as EugenHotaj/pytorch-generative pixel_cnn.py, but each block's input is added once, as in the paper.
+    Wired as EugenHotaj/pytorch-generative pixel_cnn.py, but each block's input is added once, as in the paper.
     """
     def __init__(self, in_channels, h, layers, kernel, head, out_channels, colours=1, first_kernel=7):
         super().__init__()
         self.input = MaskedConv2d("A", in_channels, 2 * h, (first_kernel, first_kernel), colours)
-        self.blocks = nn.ModuleList(ResidualBlock(h, kernel, colours) for _ in range(layers))
+        self.blocks = nn.Sequential(*(ResidualBlock(h, kernel, colours) for _ in range(layers)))
         self.head = output_head(2 * h, head, out_channels, colours)
 
     def forward(self, x):
-        x = self.input(x)                                                       # (B, 2h, H, W)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(self.blocks(self.input(x)))
 
     def start_row(self, image, i):
         """Incremental sampling: what a row needs before its first pixel. Here: nothing."""
@@ -297,19 +297,19 @@ def gate(x):
 
 
 class GatedLayer(nn.Module):
-    """Two stacks side by side (Gated PixelCNN Fig. 2).  v, h (B, p, H, W) -> v, h of the same shape.
+    """Two stacks side by side (Gated PixelCNN Fig. 2).  v, h (B, p, H, W), bias -> v, h of the same shape.
 
-    v at row r knows the rows above r, all columns; h at a pixel knows the same and its own row up to the pixel. v feeds h, never
-    the reverse: h knows things that are not yet known one row lower to the left. In the first layer both inputs are the image,
-    so the vertical kernel leaves out its own row and the horizontal one has mask A. v needs no colour mask anywhere.
-    Mirrors ritheshkumar95/pytorch-vqvae GatedMaskedConv2d, with n x n kernels cropped instead of outputs.
+    v at row r knows all rows above r; h at a pixel knows these and its own row up to the pixel. v feeds h, never the
+    reverse: what h knows lies in the future of some pixels that read v. In the first layer v and h are the image, so
+    the vertical kernel leaves its own row out and the horizontal one has mask A. v needs no colour masks: it knows
+    finished rows only. Mirrors ritheshkumar95/pytorch-vqvae GatedMaskedConv2d (no residual and no skips on v).
     """
     def __init__(self, in_channels, p, kernel, colours=1, num_classes=0, map_channels=0, first=False):
         super().__init__()
         self.first = first
         self.vertical = MaskedConv2d("above" if first else "row", in_channels, 2 * p, (kernel, kernel))
         self.horizontal = MaskedConv2d("A" if first else "B", in_channels, 2 * p, (1, kernel), colours)
-        self.link = nn.Conv2d(2 * p, 2 * p, 1)                                  # vertical to horizontal, before the gate
+        self.link = nn.Conv2d(2 * p, 2 * p, 1)                                  # v to h, before the gate
         self.out = MaskedConv2d("B", p, p, (1, 1), colours)
         self.class_bias = nn.Parameter(torch.randn(num_classes, 2 * p)) if num_classes else None    # V of V^T h, eq. 4
         self.map_bias = nn.Conv2d(map_channels, 2 * p, 1, bias=False) if map_channels else None     # V * s: not masked
@@ -329,7 +329,7 @@ class GatedLayer(nn.Module):
 
 
 class GatedPixelCNN(nn.Module):
-    """Gated layers, the first with 7x7 kernels, then the head on the horizontal stack.  x (B, C, H, W) -> (B, out, H, W).
+    """Gated layers, the first of kernel 7, then the head on the horizontal stack.  x (B, C, H, W) -> (B, out, H, W).
 
     classes (B, num_classes): one-hot, or any vector h of eq. 4; spatial: (B, map_channels, H, W).
     """
@@ -366,23 +366,27 @@ class GatedPixelCNN(nn.Module):
 
 
 class Prior(nn.Module):
-    """p(tokens | condition) = prod_i p(tokens_i | tokens_<i, condition): one of the two networks, seen as a sequence model."""
+    """p(tokens | condition) = prod_i p(tokens_i | tokens_<i, condition): one of the two networks as a sequence model.
+
+    With the logistic likelihood the network predicts a pixel at a time, from whole earlier pixels: its masks know no
+    colours, and the mixture itself lets G depend on R, and B on both.
+    """
     def __init__(self, config):
         super().__init__()
         check(config)
         self.levels, self.colours, self.image_size = config.levels, config.colours, config.image_size
-        self.num_classes = config.num_classes
-        # two levels need one number a: softmax over (0, a) is (1 - sigmoid(a), sigmoid(a))
-        out_channels = self.colours * (1 if self.levels == 2 else self.levels)
-        sizes = (self.colours, config.width, config.layers, config.kernel, config.head, out_channels, self.colours)
-        if config.model == "gated":
-            self.net = GatedPixelCNN(*sizes, config.num_classes, config.map_channels)
-        else:
-            self.net = PixelCNN(*sizes)
-        self.to(memory_format=torch.channels_last)      # the layout tokens come in; a third faster on CPUs
+        self.num_classes, self.logistic, C = config.num_classes, config.likelihood == "logistic", config.colours
+        if self.logistic:
+            out_channels = config.mixtures * (10 if C == 3 else 3)
+        else:       # two levels need one number a: softmax over (0, a) is (1 - sigmoid(a), sigmoid(a))
+            out_channels = C * (1 if self.levels == 2 else self.levels)
+        sizes = (C, config.width, config.layers, config.kernel, config.head, out_channels, 1 if self.logistic else C)
+        self.net = (GatedPixelCNN(*sizes, config.num_classes, config.map_channels) if config.model == "gated" else
+                    PixelCNN(*sizes))
+        self.to(memory_format=torch.channels_last)              # the layout tokens come in; faster on CPUs
 
     def condition(self, labels, spatial=None):
-        """labels (B,) int64 (num_classes = no class), or (B, num_classes) float: any class vector, or None -> net's arguments."""
+        """labels (B,) int64 (num_classes: no class), (B, num_classes) float (any class vector) or None -> the net's."""
         kwargs = {} if spatial is None else {"spatial": spatial}
         if self.num_classes and labels is not None:
             if not labels.is_floating_point():
@@ -395,42 +399,114 @@ class Prior(nn.Module):
         return 2 * tokens.to(next(self.parameters()).dtype) / (self.levels - 1) - 1
 
     def logits(self, out):
-        """The network's output (B, out_channels, H, W) -> (B, H*W*C, V). Channel = level * C + colour."""
+        """The network's output (B, out_channels, H, W) -> (B, H*W*C, V); logistic: (B, H*W, 10K), a row per pixel."""
         out = out if out.dtype == torch.float64 else out.float()
+        if self.logistic:
+            return out.permute(0, 2, 3, 1).flatten(1, 2)
         if self.levels == 2:
             out = torch.cat([torch.zeros_like(out), out], 1)
-        return out.unflatten(1, (self.levels, self.colours)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        out = out.unflatten(1, (self.levels, self.colours))     # channel = level * C + colour
+        return out.permute(0, 3, 4, 2, 1).flatten(1, 3)
 
     def forward(self, tokens, labels=None, spatial=None):
         """tokens (B, L) int64, labels see condition(), spatial (B, map_channels, H, W) -> logits (B, L, V).
 
         logits[:, i] depends on tokens[:, :i] alone. L may be less than N by whole rows: later rows cannot matter.
         """
-        x = self.values(tokens).view(len(tokens), -1, self.image_size, self.colours).permute(0, 3, 1, 2)    # (B, C, rows, W)
+        x = self.values(tokens).view(len(tokens), -1, self.image_size, self.colours).permute(0, 3, 1, 2)
         spatial = None if spatial is None else spatial[:, :, :x.shape[2]]
-        return self.logits(self.net(x, **self.condition(labels, spatial)))
+        return self.logits(self.net(x, **self.condition(labels, spatial)))      # x (B, C, rows, W)
 
     def loss(self, tokens, labels=None, spatial=None):
-        """-> mean negative log-likelihood in nats per token, metrics: nats_per_image (the sum) and accuracy."""
+        """-> mean negative log-likelihood in nats per token, metrics: nats_per_image, the sum over an image."""
         logits = self(tokens, labels, spatial)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        return loss, {"nats_per_image": loss * tokens.shape[1], "accuracy": (logits.argmax(-1) == tokens).float().mean()}
+        if self.logistic:
+            x = self.values(tokens).unflatten(1, (-1, self.colours))            # (B, pixels, C)
+            loss = logistic_nll(logits, x, self.levels).mean() / self.colours
+        else:
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return loss, {"nats_per_image": loss * tokens.shape[1]}
+
+    def draw(self, logits, temperature=1.0, generator=None):
+        """A token (B, 1) from logits (B, V); logistic: the C tokens of a pixel (B, C) from its parameters (B, 10K).
+
+        temperature divides the logits; the logistic mixture has none (ValueError).
+        """
+        if not self.logistic:
+            return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        if temperature != 1:
+            raise ValueError(f"temperature {temperature}: the logistic likelihood knows only 1")
+        K = logits.shape[1] // (10 if self.colours == 3 else 3)
+        u = torch.rand(len(logits), K + self.colours, generator=generator, device=logits.device, dtype=logits.dtype)
+        x, _ = logistic_draw(logits, *u.clamp(1e-5, 1 - 1e-5).split([K, self.colours], 1), self.levels)
+        return ((x + 1) / 2 * (self.levels - 1)).round().long()
 
 
 def build_prior(config):
     return Prior(config)
 
 
+# === Losses: a second likelihood, the discretized mixture of logistics (PixelCNN++ sec. 2, arXiv 1701.05517) ==========
+def logistic_parameters(l, C):
+    """l (..., 10K for C = 3, 3K for C = 1) -> logits (..., K), means, log scales, coefficients, each (..., C, K).
+
+    Order of the channels: K logits, then for each colour K means, K log scales and, of three colours, K coefficients.
+    """
+    K = l.shape[-1] // (10 if C == 3 else 3)
+    means, log_scales, *coefficients = l[..., K:].unflatten(-1, (C, -1, K)).unbind(-2)
+    return l[..., :K], means, log_scales.clamp(min=-7), coefficients[0].tanh() if coefficients else None
+
+
+def logistic_nll(l, x, levels=256):
+    """-log p(x) in nats per pixel.  l (..., 10K), x (..., C) in [-1, 1] -> (...).  openai/pixel-cnn nn.py."""
+    logits, means, log_scales, c = logistic_parameters(l, x.shape[-1])
+    if c is not None:           # mean of G: + c0 R; of B: + c1 R + c2 G. The slots of R, G, B hold c0, c1, c2
+        R, G = x[..., 0, None], x[..., 1, None]
+        means = torch.stack([means[..., 0, :], means[..., 1, :] + c[..., 0, :] * R,
+                             means[..., 2, :] + c[..., 1, :] * R + c[..., 2, :] * G], -2)
+    x, half = x[..., None], 1 / (levels - 1)                                    # half a bin: bins are 2 / 255 wide
+    middle = (x - means) * (-log_scales).exp()
+    plus, minus = middle + half * (-log_scales).exp(), middle - half * (-log_scales).exp()
+    mass = torch.sigmoid(plus) - torch.sigmoid(minus)
+    density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)     # where mass underflows
+    log_p = torch.where(mass > 1e-5, mass.clamp(min=1e-12).log(), density)      # clamp: both branches have gradients
+    log_p = torch.where(x > 0.999, -F.softplus(minus), log_p)                   # the outer bins reach to infinity
+    log_p = torch.where(x < -0.999, plus - F.softplus(plus), log_p)
+    return -torch.logsumexp(log_p.sum(-2) + logits.log_softmax(-1), -1)         # one component for all three colours
+
+
+def logistic_draw(l, u_mixture, u_logistic, levels=None):
+    """Sample with given uniforms.  l (..., 10K), u_mixture (..., K), u_logistic (..., C) -> x (..., C), component.
+
+    levels=None is the release: R and G go into the later means unrounded (QUIRK: the likelihood has them on the grid of
+    levels there). With levels every colour is rounded first, and the draw is exact.
+    """
+    def grid(x):
+        x, steps = x.clamp(-1, 1), (levels or 0) - 1
+        return x if levels is None else ((x + 1) / 2 * steps).round() * 2 / steps - 1
+    C = u_logistic.shape[-1]
+    logits, means, log_scales, c = logistic_parameters(l, C)
+    component = (logits - (-u_mixture.log()).log()).argmax(-1)                  # Gumbel: a draw from softmax(logits)
+    index = component[..., None, None].expand(*component.shape, C, 1)
+    means, log_scales = means.gather(-1, index)[..., 0], log_scales.gather(-1, index)[..., 0]
+    x = means + log_scales.exp() * (u_logistic.log() - (1 - u_logistic).log())
+    if c is not None:
+        c, R = c.gather(-1, index)[..., 0], grid(x[..., 0])
+        G = grid(x[..., 1] + c[..., 0] * R)
+        x = torch.stack([R, G, x[..., 2] + c[..., 1] * R + c[..., 2] * G], -1)
+    return grid(x), component
+
+
 # === Sampler: one visible loop ========================================================================================
 @torch.no_grad()
 def sample_plain(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None):
-    """The definition of sampling: for each token one pass over the whole image. sample() draws the same, much faster."""
+    """The definition of sampling: for each token one pass over the whole image. sample() draws the same, faster."""
     B, n = len(labels), 0 if known is None else known.shape[1]
     tokens = torch.zeros(B, prior.image_size ** 2 * prior.colours, dtype=torch.long, device=labels.device)
     tokens[:, :n] = 0 if known is None else known
     for i in range(n, tokens.shape[1]):
-        logits = prior(tokens, labels, spatial)[:, i] / temperature                     # (B, V), from tokens[:, :i] alone
-        tokens[:, i] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        logits = prior(tokens, labels, spatial)[:, i]                           # (B, V), from tokens[:, :i] alone
+        tokens[:, i] = prior.draw(logits, temperature, generator)[:, 0]
     return tokenizer.decode(tokens)
 
 
@@ -438,32 +514,32 @@ def sample_plain(tokenizer, prior, labels, *, known=None, spatial=None, temperat
 def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None, trace=None):
     """Draw images pixel by pixel, colour by colour, computing only what each new pixel needs.
 
-    labels (B,) int64 (prior.num_classes = no class) or (B, num_classes) float; known (B, n) int64: the first n tokens, kept as
-    they are (completion of an occluded image); spatial (B, map_channels, H, W); temperature divides the logits.
-    generator: source of every random number. trace: a list that gets a dict {position, logits (B, V), tokens (B, N)} per token.
+    labels (B,) int64 (prior.num_classes: no class) or (B, num_classes) float; known (B, n) int64: the first n tokens,
+    kept as they are (completion of an occluded image); spatial (B, map_channels, H, W); temperature divides the logits.
+    generator: source of all randomness. trace: a list that gets {position, logits (B, V), tokens (B, N)} for each draw.
     Returns images (B, 3, H, W) in [-1, 1].
     """
     B, S, C, n = len(labels), prior.image_size, prior.colours, 0 if known is None else known.shape[1]
     tokens = torch.zeros(B, S, S, C, dtype=torch.long, device=labels.device)
-    flat, condition = tokens.view(B, -1), prior.condition(labels, spatial)
+    flat, condition, k = tokens.view(B, -1), prior.condition(labels, spatial), C if prior.logistic else 1
     flat[:, :n] = 0 if known is None else known
-    image = prior.values(tokens).permute(0, 3, 1, 2)                                    # (B, C, S, S), filled in as drawn
-    with incremental(prior.net, image) as (at, image):
+    with incremental(prior.net, prior.values(tokens).permute(0, 3, 1, 2)) as (at, image):       # image (B, C, S, S)
         rows = n // (S * C)
-        if rows:                                                                        # rows known in full: one pass
+        if rows:                                                                # rows known in full: one pass
             at[:] = rows - 1, 0
-            prior.net(image[:, :, :rows], **prior.condition(labels, None if spatial is None else spatial[:, :, :rows]))
+            above = None if spatial is None else spatial[:, :, :rows]
+            prior.net(image[:, :, :rows], **prior.condition(labels, above))
         for i in range(rows, S):
             at[:] = i, 0
             row = prior.net.start_row(image, i, **condition)
             for j in range(S):
                 at[:] = i, j
-                for c in range(C):                                                      # G's pass knows R, B's knows R and G
-                    logits = prior.logits(prior.net.pixel(image, i, j, row))[:, c] / temperature        # (B, V)
+                for c in range(0, C, k):                                        # G's pass knows R, B's knows R and G
+                    logits = prior.logits(prior.net.pixel(image, i, j, row))[:, c]              # (B, V)
                     if (position := (i * S + j) * C + c) < n:
                         continue
-                    tokens[:, i, j, c] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-                    image[:, c, i, j] = prior.values(tokens[:, i, j, c])
+                    tokens[:, i, j, c:c + k] = prior.draw(logits, temperature, generator)
+                    image[:, c:c + k, i, j] = prior.values(tokens[:, i, j, c:c + k])
                     if trace is not None:
                         trace.append({"position": position, "logits": logits, "tokens": flat.clone()})
     return tokenizer.decode(flat)
@@ -471,7 +547,7 @@ def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.
 
 @torch.no_grad()
 def likelihood(prior, tokens, labels, batch_size=100):
-    """Mean negative log-likelihood of an image in nats: the sum over its tokens.  tokens (B, N), labels (B,) -> float."""
+    """Mean negative log-likelihood of an image in nats, the sum over its tokens.  tokens (B, N), labels (B,)."""
     device, total = next(prior.parameters()).device, 0.0
     for t, l in zip(tokens.split(batch_size), labels.split(batch_size)):
         total += float(prior.loss(t.to(device), l.to(device))[1]["nats_per_image"]) * len(t)
@@ -485,15 +561,16 @@ def train_tokenizer(config, data=None, run=None):
 
 
 def train_prior(config, data, run, tokenizer):
-    """Maximum likelihood: cross-entropy of every token of every image, given the true earlier ones. Returns the averaged prior."""
+    """Maximum likelihood: cross-entropy of every token, given the true earlier ones. Returns the averaged prior."""
     torch.manual_seed(config.seed)
     prior = build_prior(config).to(run.device)
     ema = copy.deepcopy(prior)
     optimizer = torch.optim.Adam(prior.parameters(), config.lr)
     if config.compile:
         prior.compile()
-    print(f"{sum(p.numel() for p in prior.parameters()):,} parameters on {run.device}; {len(data.train[0]):,} images of "
-            f"{config.data}; yardstick: {math.log(config.levels):.4f} nats per token if all {config.levels} levels were alike")
+    size = sum(p.numel() for p in prior.parameters())
+    print(f"{size:,} parameters on {run.device}, {len(data.train[0]):,} images of {config.data}; yardstick: "
+          f"{math.log(config.levels):.4f} nats per token if all levels were alike")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, prior_ema=ema, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
         images, labels = data.batch("train", config.batch_size, generator)
@@ -504,7 +581,7 @@ def train_prior(config, data, run, tokenizer):
         loss.backward()
         average(*(p.grad for p in prior.parameters()))
         norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight is touched
+        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
         set_lr(optimizer, step, config, config.train_steps_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
@@ -517,7 +594,7 @@ def train_prior(config, data, run, tokenizer):
 
 # === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
 class UserError(Exception):
-    """A mistake the user can mend: main prints its one line (what is wrong, what would be right) and exits with code 2."""
+    """A mistake the user can mend: main prints its line (what is wrong, what would be right) and exits with code 2."""
 
 
 @contextlib.contextmanager
@@ -525,14 +602,14 @@ def explain(what, remedy):
     """Inside the block an error of reading, writing or decoding becomes a UserError: what failed, why, what to do."""
     try:
         yield
-    except (OSError, EOFError, KeyError, TypeError, ValueError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile,
-            tarfile.TarError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, SyntaxError, RuntimeError, zlib.error,
+            zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100] or type(error).__name__
         raise UserError(f"{what} ({reason}): {remedy}") from None
 
 
 def write_file(path, data):
-    """Write bytes to a temporary file, then rename it: a reader finds the old file or the new one, never half of one."""
+    """Write bytes to a temporary file, then rename it: a reader finds the old file or the new one, never a half."""
     temporary = Path(f"{path}.tmp")
     with explain(f"cannot write {path}", "what was there before is unharmed"):
         try:
@@ -554,8 +631,8 @@ COLOURS = {"red": (235, 60, 50), "orange": (245, 150, 40), "yellow": (245, 225, 
 def shape_distance(shape, x, y):
     """Signed distance (negative inside) from the points x, y to a shape of radius 1 around 0; y points down."""
     def star():
-        angle, r = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5, np.hypot(x, y)   # five arms folded onto one
-        nx, ny = 0.45 * np.sin(np.pi / 5), 1 - 0.45 * np.cos(np.pi / 5)         # normal of the edge from the tip to the notch
+        angle, r = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5, np.hypot(x, y)    # five arms as one
+        nx, ny = 0.45 * np.sin(np.pi / 5), 1 - 0.45 * np.cos(np.pi / 5)         # normal of the edge from tip to notch
         return ((r * np.cos(angle) - 1) * nx + np.abs(r * np.sin(angle)) * ny) / np.hypot(nx, ny)
     box = lambda x, y, w, h: np.maximum(np.abs(x) - w, np.abs(y) - h)
     return {"circle": lambda: np.hypot(x, y) - 1,
@@ -571,17 +648,19 @@ def shape_distance(shape, x, y):
 
 def draw_shapes(seed, indices, size):
     """Picture i is a function of (seed, i).  indices (B,) -> images uint8 (B, size, size, 3), labels int64 (B,)."""
-    u = np.random.default_rng(seed).random((max(indices) + 1, 6), np.float32)[indices]      # row i of the seed's numbers
-    labels, colour = (u[:, 0] * 9).astype(np.int64), np.array(list(COLOURS.values()), np.float32)[(u[:, 1] * 8).astype(int)]
+    u = np.random.default_rng(seed).random((max(indices) + 1, 6), np.float32)[indices]
+    labels = (u[:, 0] * len(SHAPES)).astype(np.int64)
+    colour = np.array(list(COLOURS.values()), np.float32)[(u[:, 1] * len(COLOURS)).astype(int)]
     radius, turn, r, phi = 0.45 + 0.25 * u[:, 2], 0.5 * u[:, 3] - 0.25, 0.3 * np.sqrt(u[:, 4]), 2 * np.pi * u[:, 5]
-    axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1                           # pixel centres; half the side = 1
+    cx, cy, cos, sin = r * np.cos(phi), r * np.sin(phi), np.cos(turn), np.sin(turn)
+    axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1               # pixel centres; half the side = 1
     coverage = np.empty((len(labels), size, size), np.float32)
     for label, shape in enumerate(SHAPES):
         k = labels == label
-        radius_k, cx, cy, c, s = (a[k, None, None] for a in (radius, r * np.cos(phi), r * np.sin(phi), np.cos(turn), np.sin(turn)))
-        x, y = (axis - cx) / radius_k, (axis[:, None] - cy) / radius_k
-        distance = shape_distance(shape, c * x + s * y, c * y - s * x) * radius_k * (size / 2)
-        coverage[k] = np.clip(0.5 - distance, 0, 1)                                         # the edge is one pixel wide
+        R, X, Y, c, s = (a[k, None, None] for a in (radius, cx, cy, cos, sin))
+        x, y = (axis - X) / R, (axis[:, None] - Y) / R
+        distance = shape_distance(shape, c * x + s * y, c * y - s * x) * R * (size / 2)
+        coverage[k] = np.clip(0.5 - distance, 0, 1)                             # an edge is one pixel wide
     ground = np.array((20, 20, 30), np.float32)
     return (ground + coverage[..., None] * (colour[:, None, None] - ground)).round().astype(np.uint8), labels
 
@@ -596,7 +675,7 @@ DOWNLOADS = {   # name: (address, {file: MD5 of its content; for MNIST's .gz fil
 
 
 def fetch(name, folder):
-    """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named only when it is whole."""
+    """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named when whole."""
     def content(path):
         with explain(f"{path} is truncated or corrupt", "delete it, and it is downloaded again"):
             data = gzip.decompress(path.read_bytes()) if path.name.endswith("ubyte.gz") else path.read_bytes()
@@ -608,10 +687,10 @@ def fetch(name, folder):
         target = folder / file if (folder / file).exists() else folder / name / file
         if not target.exists():
             part = folder / name / "unfinished" / file
-            with explain(f"cannot download {address}{file}", f"put it into {target.parent}, or say where it is by --data-dir"):
+            with explain(f"cannot download {address}{file}", f"put it into {target.parent}, or give its --data-dir"):
                 part.parent.mkdir(parents=True, exist_ok=True)
                 with urllib.request.urlopen(address + file, timeout=60) as source, open(part, "wb") as out, tqdm(
-                        total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, desc=file, disable=None) as bar:
+                        total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, disable=None) as bar:
                     while chunk := source.read(1 << 16):
                         bar.update(out.write(chunk))
             content(part)
@@ -627,16 +706,17 @@ def read_image(file, size):
 def read_folder(source, config):
     """A folder or .zip with train/<class>/*, test/<class>/* -> classes, {"train": (images, labels), "test": ...}."""
     root, splits = Path(source), {"train": ([], []), "test": ([], [])}
-    with explain(f"--data {source} is no folder and no whole .zip", "give shapes, mnist, cifar10, or a folder or .zip of images"):
+    with explain(f"--data {source} is no folder and no whole .zip", "give shapes, mnist, cifar10, a folder or a .zip"):
         archive = None if root.is_dir() else zipfile.ZipFile(root)
     names = archive.namelist() if archive else [path.relative_to(root).as_posix() for path in root.rglob("*")]
-    names = sorted(name for name in names if re.fullmatch(r"(train|test)/[^/]+/[^/]+[.](png|jpe?g|webp|bmp|gif)", name, re.I))
+    wanted = re.compile(r"(train|test)/[^/]+/[^/]+[.](png|jpe?g|webp|bmp|gif)", re.I)
+    names = sorted(filter(wanted.fullmatch, names))
     classes, has_test = sorted({name.split("/")[1] for name in names}), any(name.startswith("test/") for name in names)
     for number, name in enumerate(tqdm(names, "reading images", leave=False, disable=None)):
         split, label = name.split("/")[:2]
         images, labels = splits["test" if not has_test and number % 10 == 9 else split]
         try:
-            with explain(f"image {name} of {source} cannot be read", "mend or delete it, or leave it out by --skip-corrupt"):
+            with explain(f"image {name} of {source} cannot be read", "mend it, or leave it out by --skip-corrupt"):
                 images.append(read_image(io.BytesIO(archive.read(name)) if archive else root / name, config.image_size))
                 labels.append(classes.index(label))
         except UserError:
@@ -660,8 +740,9 @@ class Data:
 
 
 def load_data(config):
-    """The data set config.data at config.image_size. UserError if it is missing, empty, corrupt or has other classes."""
-    limit, size, folder = {"train": config.train_images, "test": config.test_images}, config.image_size, Path(config.data_dir)
+    """The data set config.data at config.image_size. UserError: missing, empty, corrupt, or of other classes."""
+    size, folder = config.image_size, Path(config.data_dir)
+    limit = {"train": config.train_images or None, "test": config.test_images or None}
     if config.data == "shapes":
         classes = SHAPES
         splits = {"train": draw_shapes(0, range(limit["train"] or 20_000), size),
@@ -676,24 +757,25 @@ def load_data(config):
             files = {Path(file.name).stem: tar.extractfile(file).read() for file in tar if file.name.endswith(".bin")}
         splits = {"train": b"".join(files[f"data_batch_{i}"] for i in range(1, 6)), "test": files["test_batch"]}
         splits = {split: np.frombuffer(data, np.uint8).reshape(-1, 3073) for split, data in splits.items()}
-        splits = {split: (r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0]) for split, r in splits.items()}
+        splits = {s: (r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0]) for s, r in splits.items()}
     else:
         classes, splits = read_folder(config.data, config)
     for split, (images, labels) in splits.items():
         if not len(images):
-            raise UserError(f"{config.data} has no {split} images: it needs {split}/<class>/*.png or .jpg (without any test/, "
-                            f"every tenth image of train/ is held out)")
-        images = torch.from_numpy(np.array(images[:limit[split] or None])).permute(0, 3, 1, 2)
+            raise UserError(f"{config.data} has no {split} images: it needs {split}/<class>/*.png or .jpg "
+                            f"(where there is no test/ at all, every tenth image of train/ is held out)")
+        images = torch.from_numpy(np.array(images[:limit[split]])).permute(0, 3, 1, 2)
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        splits[split] = images, torch.tensor(np.array(labels[:limit[split] or None]), dtype=torch.int64)
+        splits[split] = images, torch.tensor(np.array(labels[:limit[split]]), dtype=torch.int64)
     if config.num_classes not in (0, len(classes)):
-        raise UserError(f"{config.data} has {len(classes)} classes, num_classes is {config.num_classes}: add --num-classes {len(classes)}")
+        raise UserError(f"{config.data} has {len(classes)} classes, num_classes is {config.num_classes}: "
+                        f"add --num-classes {len(classes)}")
     return Data(list(classes), **splits)
 
 
 def rng(seed, step):
-    """The generator of a step: its batch, noise and masks depend on (seed, step) alone, so a resumed run repeats nothing."""
+    """The generator of a step: its batch, noise and masks depend on (seed, step) alone, also after a resume."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -726,18 +808,19 @@ def set_lr(optimizer, step, config, total):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """ema += (1 - decay) (model - ema), with a smaller decay at first: the average must not lag behind a young model."""
+    """ema += (1 - decay) (model - ema), with less decay at first: the average must not lag behind a young model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoint.pt, pictures. Of several processes only the first one writes.
+    """A run folder: config.json, metrics.jsonl, checkpoint.pt, pictures. Of several processes only the first writes.
 
-    config given: a fresh folder; None: the run that is there. checkpoint.pt holds `state`: config, classes, metrics, seconds,
-    progress {stage: steps done}, objects {name: state_dict}.
+    config given: a fresh folder; None: the run that is there. checkpoint.pt holds `state`: config, classes, metrics,
+    seconds, progress {stage: steps done}, objects {name: state_dict}.
     """
     def __init__(self, folder, config=None, classes=()):
-        self.folder, self.checkpoint, self.objects, self.config = Path(folder), Path(folder) / "checkpoint.pt", {}, config
+        self.folder, self.checkpoint = Path(folder), Path(folder) / "checkpoint.pt"
+        self.objects, self.config = {}, config
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
         if "RANK" in os.environ and not dist.is_initialized():                  # started by torchrun
@@ -746,20 +829,21 @@ class Run:
         if config is None:
             with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
                 data = io.BytesIO(self.checkpoint.read_bytes())
-            with explain(f"{self.checkpoint} is truncated or no checkpoint of tensors and numbers, and was refused", "train anew"):
+            with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
                 self.config = Config(**self.state["config"])
             return
-        self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0, progress={}, objects={})
+        self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0,
+                          progress={}, objects={})
         if self.main:
             if self.checkpoint.exists():
-                raise UserError(f"{folder} holds a run already: go on with train --resume {folder}, or choose another --out")
+                raise UserError(f"{folder} holds a run: go on with train --resume {folder}, or choose another --out")
             with explain(f"cannot make the run folder {folder}", "choose another --out"):
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / "config.json", json.dumps(self.state["config"], indent=1).encode())
 
     def steps(self, stage, total, **objects):
-        """The steps of a stage that are left. First restores `objects` (anything with a state_dict) from the checkpoint;
+        """The steps of a stage that are left. First restores `objects` (all that has a state_dict) from the checkpoint;
         saves them at the start, every save_every steps, at the end and on Ctrl-C: always between two steps."""
         for name, item in objects.items():
             if name in self.state["objects"]:
@@ -774,15 +858,15 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)            # a second Ctrl-C stops at once, unsaved
         previous = signal.signal(signal.SIGINT, on_interrupt)
         try:
-            self.bar = tqdm(range(start, total), stage, total, initial=start, mininterval=1, disable=None if self.main else True)
+            self.bar = tqdm(range(start, total), stage, total, initial=start, disable=None if self.main else True)
             for step in self.bar:
                 yield step
                 self.state["progress"][stage] = step + 1
-                average(stopping := torch.tensor(float(len(stop)), device=self.device))     # all processes stop together
+                average(stopping := torch.tensor(float(len(stop)), device=self.device))         # all stop together
                 if stopping or (step + 1) % self.config.save_every == 0 or step + 1 == total:
                     self.save()
                 if stopping:
-                    raise UserError(f"stopped after {step + 1} steps of {stage}, all saved: go on with train --resume {self.folder}")
+                    raise UserError(f"stopped after step {step}, all saved: go on with train --resume {self.folder}")
         finally:
             signal.signal(signal.SIGINT, previous)
 
@@ -792,16 +876,17 @@ class Run:
         if self.main:
             torch.save(self.state, buffer := io.BytesIO())
             write_file(self.checkpoint, buffer.getbuffer())
-            write_file(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.state["metrics"]).encode())
+            rows = "".join(json.dumps(row) + "\n" for row in self.state["metrics"])
+            write_file(self.folder / "metrics.jsonl", rows.encode())
 
     def log(self, stage, step, **metrics):
         """UserError unless all metrics, averaged over the processes, are finite; every log_every-th row is kept."""
-        values = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in metrics.values()])
+        values = torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in metrics.values()])
         average(values)
         metrics = dict(zip(metrics, values.tolist()))
         if not values.isfinite().all():
-            raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint, {self.checkpoint}, is kept: "
-                            f"train anew with a smaller --lr")
+            raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint is "
+                            f"{self.checkpoint}: train anew with a smaller --lr")
         if step % self.config.log_every == 0:
             self.state["metrics"].append({"stage": stage, "step": step, **metrics})
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
@@ -810,9 +895,11 @@ class Run:
         """curves.png: the loss of every stage, raw and smoothed."""
         axis = (figure := Figure(figsize=(7, 4))).gca()
         for stage in dict.fromkeys(row["stage"] for row in self.state["metrics"]):
-            step, loss = np.array([(row["step"], row["loss"]) for row in self.state["metrics"] if row["stage"] == stage]).T
+            rows = [row for row in self.state["metrics"] if row["stage"] == stage]
+            step, loss = np.array([(row["step"], row["loss"]) for row in rows]).T
             [line], k = axis.plot(step, loss, alpha=0.3), min(25, len(loss))
-            axis.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, "valid"), color=line.get_color(), label=f"{stage}, mean of {k} rows")
+            smooth = np.convolve(loss, np.ones(k) / k, "valid")
+            axis.plot(step[k - 1:], smooth, color=line.get_color(), label=f"{stage}, mean of {k} rows")
             axis.set(xlabel="step", ylabel="loss", ylim=(loss.min(), np.quantile(loss, 0.95) * 1.05))
             axis.legend()
         figure.savefig(buffer := io.BytesIO(), dpi=120)
@@ -885,7 +972,7 @@ def parse(argv):
         if name not in ("evaluate", "reconstruct"):
             verb.add_argument("--labels", nargs="+", help="classes by number or name, repeated in turn (default: all)")
             verb.add_argument("--num", type=int, default=0, help="images to draw, for complete: of each image")
-            verb.add_argument("--temperature", type=float, default=0, help="logits are divided by it (default: the run's)")
+            verb.add_argument("--temperature", type=float, default=0, help="divides the logits (default: the run's)")
             verb.add_argument("--seed", type=int, default=0, help="of the generator that draws")
     return parser.parse_args(argv)
 
@@ -902,12 +989,13 @@ def main(argv=None):
 
 
 def train_command(args):
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     if args.resume:
         run = Run(args.resume)
         saved, asked = run.state["config"], json.loads((run.folder / "config.json").read_text()) | fields
         plain = lambda value: list(value) if isinstance(value, tuple) else value
-        wrong = [f"{k} {saved.get(k)} there, {v} here" for k, v in asked.items() if plain(saved.get(k)) != plain(v) and k != "data_dir"]
+        wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
+                 if plain(saved.get(name)) != plain(value) and name != "data_dir"]
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
     config = dataclasses.replace(run.config if args.resume else PRESETS[args.preset], **fields)
@@ -926,7 +1014,7 @@ def finish(path, following):
 
 
 def read_labels(words, run, num):
-    """Classes of the command line, by number or name -> labels (num,), repeated in turn; none given: all classes in turn."""
+    """Classes of the command line, by number or name -> labels (num,), repeated in turn; none given: all in turn."""
     classes, count = run.state["classes"], run.config.num_classes
     if words and not count:
         raise UserError(f"{run.folder} was trained without classes: leave --labels out")
@@ -938,7 +1026,7 @@ def read_labels(words, run, num):
 
 
 def read_photos(args, run):
-    """The photos of the command line -> images (n, 3, S, S) in [-1, 1], labels "no class"; none given: eight test images."""
+    """The photos of the command line -> images (n, 3, S, S) in [-1, 1], labels "no class"; none: eight test images."""
     if not args.photos:
         images, labels = (split[:8] for split in load_data(run.config).test)
         return images / 127.5 - 1, labels.clamp(max=run.config.num_classes).to(run.device)
@@ -951,7 +1039,8 @@ def read_photos(args, run):
 
 def draw(args, run, tokenizer, prior, labels, **known):
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    return sample(tokenizer, prior, labels, temperature=args.temperature or run.config.temperature, generator=generator, **known)
+    temperature = args.temperature or run.config.temperature
+    return sample(tokenizer, prior, labels, temperature=temperature, generator=generator, **known)
 
 
 def sample_command(args):
@@ -980,12 +1069,13 @@ def complete_command(args):
 
 
 def interpolate_command(args):
-    """Rows: draws; columns: the class vector moves from one class to another (Gated PixelCNN Fig. 5), the random numbers stay."""
+    """Columns: the class vector moves from one class to another, the random numbers stay (Gated PixelCNN Fig. 5)."""
     run, tokenizer, prior = load_run(args.run)
     if len(args.labels or ()) != 2:
         raise UserError("interpolate needs two classes: --labels A B")
     a, b = F.one_hot(read_labels(args.labels, run, 2), run.config.num_classes).float()
-    columns = [draw(args, run, tokenizer, prior, torch.lerp(a, b, w).expand(args.num or 6, -1)) for w in torch.linspace(0, 1, 9).tolist()]
+    vectors = [torch.lerp(a, b, k / 8).expand(args.num or 6, -1) for k in range(9)]
+    columns = [draw(args, run, tokenizer, prior, vector) for vector in vectors]
     save_grid(torch.stack(columns, 1).flatten(0, 1), out := args.out or run.folder / "interpolation.png", 9)
     finish(out, f"sample {args.run}")
 
@@ -1008,27 +1098,31 @@ def evaluate_command(args):
     run, tokenizer, prior = load_run(args.run)
     images, labels = load_data(run.config).test
     tokens = tokenizer.encode(images := images / 127.5 - 1, torch.Generator().manual_seed(0))
-    nats, L, count = likelihood(prior, tokens, labels), tokens.shape[1], torch.bincount(tokens.flatten(), minlength=run.config.levels)
+    nats, L, V = likelihood(prior, tokens, labels), tokens.shape[1], run.config.levels
+    count = torch.bincount(tokens.flatten(), minlength=V)
     entropy, start, num = float(torch.distributions.Categorical(count.double()).entropy()), time.time(), 16
     sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0))
     report = dict(
-        file="pixelcnn.py", data=run.config.data, model=run.config.model, parameters=sum(p.numel() for p in prior.parameters()),
+        file="pixelcnn.py", data=run.config.data, model=run.config.model,
+        parameters=sum(p.numel() for p in prior.parameters()),
         nats_per_token=nats / L, nats_per_image=nats, bits_per_dim=nats / L / math.log(2), test_images=len(images),
         unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
         psnr=float(psnr(images, tokenizer(images)[0]).mean()), samples_per_second=num / (time.time() - start),
-        peak_memory_mib=peak_memory(), train_steps=run.state["progress"].get("prior", 0), train_seconds=run.state["seconds"],
-        device=torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type}, {torch.get_num_threads()} threads",
+        peak_memory_mib=peak_memory(), train_steps=run.state["progress"].get("prior", 0),
+        train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
         command=f"python pixelcnn.py evaluate {args.run}")
     print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
-          f"(without context {entropy:.4f} nats per token, without anything {math.log(run.config.levels):.4f})")
-    if run.config.levels == 2:
-        print("protocol: dynamic binarisation, test bits drawn once from seed 0; PixelCNN's published 81.30 nats are on the static set")
+          f"(without context {entropy:.4f} nats per token, without anything {math.log(V):.4f})")
+    if V == 2:
+        print("protocol: dynamic binarisation, test bits from seed 0; the paper's 81.30 (PixelCNN) is on a static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
     finish(run.folder / "report.json", f"sample {args.run}")
 
 
 VERBS = {"sample": "draw images", "complete": "hide the lower half of images and draw it anew",
-         "interpolate": "draw images between two classes", "reconstruct": "images through the tokenizer, side by side, with PSNR",
+         "interpolate": "draw images between two classes",
+         "reconstruct": "images through the tokenizer, side by side, with PSNR",
          "evaluate": "likelihood, speed, size: writes RUN/report.json"}
 
 if __name__ == "__main__":

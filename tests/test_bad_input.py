@@ -23,8 +23,9 @@ def module():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A tiny finished run of pixelcnn.py; tests work on copies."""
-    import pixelcnn
     from conftest import CASES
+
+    import pixelcnn
     config = pixelcnn.Config(**CASES["pixelcnn-gated"][1])
     folder, data = tmp_path_factory.mktemp("runs") / "run", pixelcnn.load_data(config)
     run = pixelcnn.Run(folder, config, data.classes)

@@ -108,6 +108,27 @@ def pixelcnn_gated(golden, inputs):
     return out | {"logits": logits, "loss": loss.reshape(1), "greedy": greedy}
 
 
+@checks("pixelcnn_logistic")
+def pixelcnn_logistic(golden, inputs):
+    out, pixels = {}, {"": inputs["pixels"], "edge": 255 * inputs["edge_pixels"]}
+    K = golden["config"]["nr_mix"]
+    sharp = inputs["l"].clone()
+    scales = sharp[..., K:].unflatten(-1, (3, 3, K))[..., 1, :]                     # a view: the log scales of all colours
+    scales.copy_(3 * scales - 5)
+    for name, l, p in (("plain", inputs["l"], ""), ("edge", inputs["l"], "edge"), ("sharp", sharp, ""), ("sharp_edge", sharp, "edge")):
+        l = l.clone().requires_grad_()
+        nll = pixelcnn.logistic_nll(l, (pixels[p] - 127.5) / 127.5)
+        nll.sum().backward()
+        out |= {f"{name}/nll_per_pixel": nll, f"{name}/nll_per_image_nats": nll.sum((1, 2)), f"{name}/nll_total": nll.sum().reshape(1),
+                f"{name}/bits_per_dim": nll.sum().reshape(1) / (np.log(2) * pixels[p].numel()), f"{name}/grad_l": l.grad}
+    u, v = (((inputs[name] + 0.5) / 1000003).clamp(1e-5, 1 - 1e-5).float() for name in ("u_mixture", "u_logistic"))
+    out["sample"], out["sample/mixture_index"] = pixelcnn.logistic_draw(inputs["l"], u, v)
+    grey = (pixels[""][..., :1] - 127.5) / 127.5
+    out["grey/nll_total"] = pixelcnn.logistic_nll(inputs["l_grey"], grey).sum().reshape(1)
+    out["grey/sample"] = pixelcnn.logistic_draw(inputs["l_grey"], u, v[..., :1])[0]
+    return out
+
+
 def read(path):
     golden = json.loads(path.read_text())
     made = {name: torch.from_numpy(make_input(name, spec)) for name, spec in golden["inputs"].items()}

@@ -5,6 +5,7 @@ import torch
 def test_judge_tells_right_from_wrong(tmp_path, monkeypatch):
     """A judge of few steps. Planted: labels shifted by one; Frechet distance of a set to itself not 0."""
     import judge
+
     import pixelcnn
     monkeypatch.setenv("JUDGE_CACHE", str(tmp_path))
     monkeypatch.setattr(judge, "STEPS", 40)

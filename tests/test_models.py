@@ -79,14 +79,23 @@ def test_untrained_samples_are_finite_and_repeat_with_the_seed(case):
 def test_sampler_sees_what_training_sees(case):
     """The logits of every sampling step are those of one teacher-forced pass over the finished tokens (float64).
 
-    Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete; temperature not applied.
+    Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete.
     """
     tokenizer, prior = case.build()
     trace, labels = [], torch.zeros(2, dtype=torch.long)
-    case.module.sample(tokenizer, prior.double(), labels, temperature=0.7, generator=torch.Generator().manual_seed(0), trace=trace)
-    full = prior(trace[-1]["tokens"], labels) / 0.7
+    case.module.sample(tokenizer, prior.double(), labels, generator=torch.Generator().manual_seed(0), trace=trace)
+    full = prior(trace[-1]["tokens"], labels)
     stepwise = torch.stack([step["logits"] for step in trace], 1)
     torch.testing.assert_close(stepwise, full, rtol=1e-9, atol=1e-9)
+
+
+def test_low_temperature_draws_the_most_likely_token(case):
+    """Planted: temperature multiplies the logits."""
+    tokenizer, prior = case.build()
+    trace = []
+    case.module.sample(tokenizer, prior, torch.zeros(1, dtype=torch.long), temperature=1e-6, generator=torch.Generator().manual_seed(0), trace=trace)
+    best = torch.stack([step["logits"].argmax(-1) for step in trace], 1)
+    assert torch.equal(best, trace[-1]["tokens"])
 
 
 @pytest.mark.parametrize("more", [0, 5])
