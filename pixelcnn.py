@@ -676,7 +676,7 @@ DOWNLOADS = {   # name: (address, {file: MD5 of its content; for MNIST's .gz fil
 
 def fetch(name, folder):
     """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named when whole."""
-    def content(path):
+    def content(path, md5):
         with explain(f"{path} is truncated or corrupt", "delete it, and it is downloaded again"):
             data = gzip.decompress(path.read_bytes()) if path.name.endswith("ubyte.gz") else path.read_bytes()
             if hashlib.md5(data).hexdigest() != md5:
@@ -693,9 +693,9 @@ def fetch(name, folder):
                         total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, disable=None) as bar:
                     while chunk := source.read(1 << 16):
                         bar.update(out.write(chunk))
-            content(part)
+            content(part, md5)
             os.replace(part, target)
-        yield content(target)
+        yield content(target, md5)
 
 
 def read_image(file, size):

@@ -52,7 +52,7 @@ def real_data(data, data_dir):
 def get_judge(data, data_dir="data"):
     """-> judge (eval mode), its accuracy on real test images, real test images uint8 (N, 3, 32, 32)."""
     cache = Path(os.environ.get("JUDGE_CACHE", Path.home() / ".cache" / "visual-autoregression"))
-    path = cache / f"judge_v2_{Path(data).stem}_{STEPS}.pt"
+    path = cache / f"judge_{Path(data).stem}_{STEPS}.pt"
     real = real_data(data, data_dir)
     judge = network(len(real.classes))
     if path.exists():
@@ -67,11 +67,10 @@ def get_judge(data, data_dir="data"):
             for step in range(STEPS):
                 index = torch.randint(len(real.train[0]), (64,))
                 images, labels = prepare(real.train[0][index]), real.train[1][index]
-                if step % 2:                    # samples may be smaller than 32 x 32 and of few levels: so is every second batch
-                    images = F.interpolate(images, (16, 16), mode="bilinear", antialias=True)
-                    levels = (2, 4, 8)[step // 2 % 3]
-                    images = ((images + 1) / 2 * levels).floor().clamp(0, levels - 1) / (levels - 1) * 2 - 1
-                    images = F.interpolate(images, (SIZE, SIZE), mode="bilinear")
+                # samples may be smaller than 32 x 32 and of few levels: so is half of every batch
+                coarse, levels = F.interpolate(images[::2], (16, 16), mode="bilinear", antialias=True), (2, 4, 8)[step % 3]
+                coarse = ((coarse + 1) / 2 * levels).floor().clamp(0, levels - 1) / (levels - 1) * 2 - 1
+                images[::2] = F.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
                 images = torch.roll(images, tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3)) + 0.05 * torch.randn_like(images)
                 loss = F.cross_entropy(judge(images), labels)
                 optimizer.zero_grad()
