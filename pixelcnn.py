@@ -776,7 +776,7 @@ def load_data(config):
 
 def rng(seed, step):
     """The generator of a step: its batch, noise and masks depend on (seed, step) alone, also after a resume."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def shard(*tensors, device):
