@@ -12,8 +12,9 @@ by row, left to right, inside a pixel red, green, blue. A convolutional network 
 in ONE pass if no output can see its own value or a later one: its kernels are multiplied by masks. Each factor is a
 softmax over all values a pixel can have: nothing is assumed about its form. Training is a classifier's cross-entropy,
 the result a true likelihood. To sample, draw one value after the other: N values, N passes (or one pixel's share of
-each: see sample). PixelCNN's masks leave a blind spot above and to the right; Gated PixelCNN removes it with two stacks
-(one reads the rows above, one the row to the left), gates its features, and can be told a class or a map of features.
+each: see sample). PixelCNN's masks leave a blind spot: a layer reaches right only by going up a row first, so a wedge
+above and to the right of a pixel is never seen. Gated PixelCNN removes it with two stacks (one reads the rows above, one
+the row to the left), gates its features as an LSTM does, and can be told a class or a map of features.
 
     images (B,3,H,W) -> Tokenizer.encode -> tokens (B,N), N = H*W*C -> Prior -> logits (B,N,V), from earlier tokens only
     labels (B,) -> sample: for each i draw tokens[:, i] from softmax(logits[:, i]) -> Tokenizer.decode -> images
@@ -21,9 +22,10 @@ each: see sample). PixelCNN's masks leave a blind spot above and to the right; G
 Glossary
     B, H, W    batch, height, width           C    colours of a pixel: 3, or 1 for grey and binary images
     N, L       tokens of an image, H*W*C; tokens at hand     V    levels a colour can have (the papers: 256, or 2)
-    h, p       PixelCNN's h (it has 2h residual features), Gated PixelCNN's p features per stack: both Config.width
+    h, p       PixelCNN's h (it has 2h residual features), Gated PixelCNN's p features per stack: both Config.width;
+               in the gated layers v and h are feature maps: of the vertical stack (all rows above) and of the
+               horizontal one (this row, left of the pixel). The papers' condition h is `classes` or `spatial` here
     mask A, B  A hides the value itself (first layer); B shows it (later layers: there it is a feature of the past)
-    v, h       in the gated layers: vertical stack (all rows above), horizontal stack (this row, left of the pixel)
 
 Run
     python pixelcnn.py                                              the demo: nine shapes by class, minutes on two cores
@@ -53,7 +55,6 @@ import signal
 import sys
 import tarfile
 import time
-import typing
 import urllib.request
 import zipfile
 import zlib
@@ -110,10 +111,11 @@ PRESETS = {
     # binary pixels as in PixelRNN sec. 5.3; the second paper's network, which learns more per hour of CPU
     "mnist": Config(data="mnist", image_size=28, colours=1, levels=2, layers=12, width=16, kernel=3, head=32,
                     num_classes=0, lr=2e-3, train_steps_prior=24_000, save_every=1000, log_every=50),
-    # as deep as PixelCNN on CIFAR-10 (15), its 2h = 256 features up to the next multiple of 3 and 8; its head of 1024
+    # Gated with PixelCNN's CIFAR-10 sizes (the second paper gives none): 15 layers, 2h = 256 features rounded up to a
+    # multiple of 3 and 8, a head of 1024 rounded down to a multiple of 3
     "cifar10": Config(data="cifar10", image_size=32, levels=256, layers=15, width=264, kernel=3, head=1023,
                       num_classes=10, lr=3e-4, train_steps_prior=200_000, save_every=2000, log_every=50),
-    # Gated PixelCNN's own: 20 layers of 384 features, 5 x 5 kernels, batch 128, 200 K updates; give --data FOLDER
+    # Gated PixelCNN's own: 20 layers of 384 features, 5 x 5 kernels, batch 128, 200 K updates. Needs --data FOLDER
     "imagenet64": Config(data="imagenet64", image_size=64, levels=256, layers=20, width=384, kernel=5, head=1023,
                          num_classes=1000, batch_size=128, lr=3e-4, train_steps_prior=200_000, save_every=1000),
 }
@@ -130,7 +132,7 @@ def check(config):
     need(2 <= config.levels <= 256, f"levels is {config.levels}: 2 to 256")
     need(config.image_size >= 1 and config.layers >= 1, "image_size and layers must be at least 1")
     for name in ("width", "head"):
-        value, colours = getattr(config, name), config.colours
+        value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
     need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
     need(config.model == "gated" or not (config.num_classes or config.map_channels),
@@ -184,7 +186,8 @@ def causal_mask(kind, out_channels, in_channels, kernel_size, colours=1):
 
     kind  "A": the pixels before the centre in raster order; at the centre output colour o sees input colour i iff i < o
           "B": the same, but i <= o: a feature of colour i has seen nothing beyond colour i, so o may see it
-          "above": the rows above only; "row": these and the centre's whole row (Gated PixelCNN's vertical stack)
+          "above", "row": Gated PixelCNN's vertical stack: the rows above only; these and the centre's whole row (safe
+          after the first layer, where a feature of that row knows only the rows above it)
     Feature maps belong to colours in turn: channel c to colour c % colours, in every layer.
     """
     kh, kw = kernel_size
@@ -231,8 +234,9 @@ class MaskedConv2d(nn.Conv2d):
 def incremental(net, image):
     """Inside, net's layers may be given parts of the image: each convolution remembers the inputs of earlier parts.
 
-    image (B, C, H, W). Yields at, image: at = [i, j] says where a part lies (it ends with row i, begins with column j);
-    the image is a copy inside zero padding that the first layer looks at, so pixels written to it are seen at once.
+    image (B, C, H, W). Yields at, image. at = [i, j] says where a part lies: it ends with row i, begins with column j
+    (one pixel: [i, j]; rows 0 to i: [i, 0]). The image is a copy inside zero padding that the first convolutions look
+    at directly, so a pixel written to it is seen at once; the others keep what they were given in `seen`.
     The caches of Fast PixelCNN++ (arXiv 1704.06001), but whole maps: simpler, and small beside a training step.
     """
     (B, _, H, W), convs = image.shape, [module for module in net.modules() if isinstance(module, MaskedConv2d)]
@@ -285,7 +289,7 @@ class PixelCNN(nn.Module):
     def start_row(self, image, i):
         """Incremental sampling: what a row needs before its first pixel. Here: nothing."""
 
-    def pixel(self, image, i, j, row):
+    def pixel(self, image, i, j, links):
         """Incremental forward: the output at one pixel (B, out_channels, 1, 1)."""
         return self(image[:, :, i:i + 1, j:j + 1])
 
@@ -302,7 +306,7 @@ class GatedLayer(nn.Module):
     v at row r knows all rows above r; h at a pixel knows these and its own row up to the pixel. v feeds h, never the
     reverse: what h knows lies in the future of some pixels that read v. In the first layer v and h are the image, so
     the vertical kernel leaves its own row out and the horizontal one has mask A. v needs no colour masks: it knows
-    finished rows only. Mirrors ritheshkumar95/pytorch-vqvae GatedMaskedConv2d (no residual and no skips on v).
+    finished rows only. As in the paper v has no residual and there are no skips; ritheshkumar95/pytorch-vqvae agrees.
     """
     def __init__(self, in_channels, p, kernel, colours=1, num_classes=0, map_channels=0, first=False):
         super().__init__()
@@ -321,11 +325,11 @@ class GatedLayer(nn.Module):
 
     def forward(self, v, h, bias=0):
         above = self.vertical(v)                                                # (B, 2p, H, W)
-        return gate(above + bias), self.row(h, self.link(above) + bias)
+        return gate(above + bias), self.horizontal_stack(h, self.link(above) + bias)
 
-    def row(self, h, above):
-        """The horizontal stack. A residual around the first layer would hand the pixel to itself."""
-        return self.out(gate(self.horizontal(h) + above)) + (0 if self.first else h)
+    def horizontal_stack(self, h, linked):
+        """linked: from the vertical stack. A residual around the first layer would hand the pixel to itself."""
+        return self.out(gate(self.horizontal(h) + linked)) + (0 if self.first else h)
 
 
 class GatedPixelCNN(nn.Module):
@@ -357,11 +361,11 @@ class GatedPixelCNN(nn.Module):
             links.append(layer.link(above) + bias)
         return links
 
-    def pixel(self, image, i, j, row):
+    def pixel(self, image, i, j, links):
         """Incremental forward: the horizontal stack and the head at one pixel -> (B, out_channels, 1, 1)."""
         h = image[:, :, i:i + 1, j:j + 1]
-        for layer, above in zip(self.layers, row):
-            h = layer.row(h, above[:, :, :, j:j + 1])
+        for layer, linked in zip(self.layers, links):
+            h = layer.horizontal_stack(h, linked[:, :, :, j:j + 1])
         return self.head(h)
 
 
@@ -386,7 +390,7 @@ class Prior(nn.Module):
         self.to(memory_format=torch.channels_last)              # the layout tokens come in; faster on CPUs
 
     def condition(self, labels, spatial=None):
-        """labels (B,) int64 (num_classes: no class), (B, num_classes) float (any class vector) or None -> the net's."""
+        """labels (B,) int64 (num_classes: no class), (B, num_classes) float (any vector) or None -> net's keywords."""
         kwargs = {} if spatial is None else {"spatial": spatial}
         if self.num_classes and labels is not None:
             if not labels.is_floating_point():
@@ -400,7 +404,7 @@ class Prior(nn.Module):
 
     def logits(self, out):
         """The network's output (B, out_channels, H, W) -> (B, H*W*C, V); logistic: (B, H*W, 10K), a row per pixel."""
-        out = out if out.dtype == torch.float64 else out.float()
+        out = out if out.dtype == torch.float64 else out.float()                # bfloat16 is too coarse for a loss
         if self.logistic:
             return out.permute(0, 2, 3, 1).flatten(1, 2)
         if self.levels == 2:
@@ -411,7 +415,8 @@ class Prior(nn.Module):
     def forward(self, tokens, labels=None, spatial=None):
         """tokens (B, L) int64, labels see condition(), spatial (B, map_channels, H, W) -> logits (B, L, V).
 
-        logits[:, i] depends on tokens[:, :i] alone. L may be less than N by whole rows: later rows cannot matter.
+        logits[:, i] depends on tokens[:, :i] alone (logistic: (B, pixels, 10K), row i on earlier pixels alone).
+        L may be less than N by whole rows: later rows cannot matter.
         """
         x = self.values(tokens).view(len(tokens), -1, self.image_size, self.colours).permute(0, 3, 1, 2)
         spatial = None if spatial is None else spatial[:, :, :x.shape[2]]
@@ -430,12 +435,12 @@ class Prior(nn.Module):
     def draw(self, logits, temperature=1.0, generator=None):
         """A token (B, 1) from logits (B, V); logistic: the C tokens of a pixel (B, C) from its parameters (B, 10K).
 
-        temperature divides the logits; the logistic mixture has none (ValueError).
+        temperature divides the logits; the logistic mixture has none (UserError).
         """
         if not self.logistic:
             return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         if temperature != 1:
-            raise ValueError(f"temperature {temperature}: the logistic likelihood knows only 1")
+            raise UserError(f"temperature {temperature}: the logistic likelihood knows only 1")
         K = logits.shape[1] // (10 if self.colours == 3 else 3)
         u = torch.rand(len(logits), K + self.colours, generator=generator, device=logits.device, dtype=logits.dtype)
         x, _ = logistic_draw(logits, *u.clamp(1e-5, 1 - 1e-5).split([K, self.colours], 1), self.levels)
@@ -478,8 +483,8 @@ def logistic_nll(l, x, levels=256):
 def logistic_draw(l, u_mixture, u_logistic, levels=None):
     """Sample with given uniforms.  l (..., 10K), u_mixture (..., K), u_logistic (..., C) -> x (..., C), component.
 
-    levels=None is the release: R and G go into the later means unrounded (QUIRK: the likelihood has them on the grid of
-    levels there). With levels every colour is rounded first, and the draw is exact.
+    levels=None is openai/pixel-cnn: R and G go into the later means unrounded (QUIRK: in the likelihood they lie on the
+    grid of levels). With levels every colour is rounded first: exact, but for u cut to [1e-5, 1 - 1e-5].
     """
     def grid(x):
         x, steps = x.clamp(-1, 1), (levels or 0) - 1
@@ -501,12 +506,13 @@ def logistic_draw(l, u_mixture, u_logistic, levels=None):
 @torch.no_grad()
 def sample_plain(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None):
     """The definition of sampling: for each token one pass over the whole image. sample() draws the same, faster."""
-    B, n = len(labels), 0 if known is None else known.shape[1]
+    B, n, k = len(labels), 0 if known is None else known.shape[1], prior.colours if prior.logistic else 1
     tokens = torch.zeros(B, prior.image_size ** 2 * prior.colours, dtype=torch.long, device=labels.device)
-    tokens[:, :n] = 0 if known is None else known
-    for i in range(n, tokens.shape[1]):
-        logits = prior(tokens, labels, spatial)[:, i]                           # (B, V), from tokens[:, :i] alone
-        tokens[:, i] = prior.draw(logits, temperature, generator)[:, 0]
+    if known is not None:
+        tokens[:, :n] = known
+    for i in range(n, tokens.shape[1], k):                                      # k: logistic draws whole pixels
+        logits = prior(tokens, labels, spatial)[:, i // k]                      # (B, V), from tokens[:, :i] alone
+        tokens[:, i:i + k] = prior.draw(logits, temperature, generator)
     return tokenizer.decode(tokens)
 
 
@@ -517,12 +523,15 @@ def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.
     labels (B,) int64 (prior.num_classes: no class) or (B, num_classes) float; known (B, n) int64: the first n tokens,
     kept as they are (completion of an occluded image); spatial (B, map_channels, H, W); temperature divides the logits.
     generator: source of all randomness. trace: a list that gets {position, logits (B, V), tokens (B, N)} for each draw.
-    Returns images (B, 3, H, W) in [-1, 1].
+    Returns images (B, 3, H, W) in [-1, 1]. Raises UserError if known ends inside a pixel, for the logistic likelihood.
     """
     B, S, C, n = len(labels), prior.image_size, prior.colours, 0 if known is None else known.shape[1]
     tokens = torch.zeros(B, S, S, C, dtype=torch.long, device=labels.device)
     flat, condition, k = tokens.view(B, -1), prior.condition(labels, spatial), C if prior.logistic else 1
-    flat[:, :n] = 0 if known is None else known
+    if n % k:
+        raise UserError(f"{n} known tokens end inside a pixel: the logistic likelihood draws whole pixels of {k}")
+    if known is not None:
+        flat[:, :n] = known
     with incremental(prior.net, prior.values(tokens).permute(0, 3, 1, 2)) as (at, image):       # image (B, C, S, S)
         rows = n // (S * C)
         if rows:                                                                # rows known in full: one pass
@@ -531,13 +540,13 @@ def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.
             prior.net(image[:, :, :rows], **prior.condition(labels, above))
         for i in range(rows, S):
             at[:] = i, 0
-            row = prior.net.start_row(image, i, **condition)
+            links = prior.net.start_row(image, i, **condition)
             for j in range(S):
                 at[:] = i, j
                 for c in range(0, C, k):                                        # G's pass knows R, B's knows R and G
-                    logits = prior.logits(prior.net.pixel(image, i, j, row))[:, c]              # (B, V)
+                    logits = prior.logits(prior.net.pixel(image, i, j, links))[:, c]            # (B, V)
                     if (position := (i * S + j) * C + c) < n:
-                        continue
+                        continue                                                # known; the pass has filled the caches
                     tokens[:, i, j, c:c + k] = prior.draw(logits, temperature, generator)
                     image[:, c:c + k, i, j] = prior.values(tokens[:, i, j, c:c + k])
                     if trace is not None:
@@ -686,7 +695,7 @@ def fetch(name, folder):
     for file, md5 in files.items():
         target = folder / file if (folder / file).exists() else folder / name / file
         if not target.exists():
-            part = folder / name / "unfinished" / file
+            part = folder / name / "unfinished" / f"{os.getpid()}_{file}"       # each process of torchrun its own
             with explain(f"cannot download {address}{file}", f"put it into {target.parent}, or give its --data-dir"):
                 part.parent.mkdir(parents=True, exist_ok=True)
                 with urllib.request.urlopen(address + file, timeout=60) as source, open(part, "wb") as out, tqdm(
@@ -942,28 +951,29 @@ def peak_memory():
 
 # === Command line =====================================================================================================
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError."""
+    """argparse, but a mistake is a UserError, and no flag may be abbreviated."""
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parse(argv):
     """The command line. Every field of the Config is a flag of `train`; its help is the comment behind the field."""
-    parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    train = verbs.add_parser("train", help="train, then sample and evaluate", allow_abbrev=False)
+    train = verbs.add_parser("train", help="train, then sample and evaluate")
     train.add_argument("--preset", choices=PRESETS, default="demo", help="where the fields not given come from")
     train.add_argument("--out", help="run folder to make (default: runs/pixelcnn_PRESET)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        if typing.get_origin(field.type) is tuple:
-            kind = {"type": typing.get_args(field.type)[0], "nargs": "+"}
         train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
                            help=comments[field.name].replace("%", "%%"), **kind)
     for name, text in VERBS.items():
-        verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("run", help="run folder")
         if name in ("complete", "reconstruct"):
             verb.add_argument("photos", nargs="*", help="image files (none: the first test images)")
@@ -993,13 +1003,14 @@ def train_command(args):
     if args.resume:
         run = Run(args.resume)
         saved, asked = run.state["config"], json.loads((run.folder / "config.json").read_text()) | fields
-        plain = lambda value: list(value) if isinstance(value, tuple) else value
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if plain(saved.get(name)) != plain(value) and name != "data_dir"]
+                 if saved.get(name) != value and name != "data_dir"]
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
     config = dataclasses.replace(run.config if args.resume else PRESETS[args.preset], **fields)
     check(config)
+    if config.map_channels:
+        raise UserError("no data set has maps: use --map-channels 0, or train in Python with Prior.loss's spatial")
     data = load_data(config)
     run = run if args.resume else Run(args.out or f"runs/pixelcnn_{args.preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))

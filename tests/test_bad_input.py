@@ -61,6 +61,8 @@ TINY = ["--num-classes", "2", "--image-size", "8", "--layers", "1", "--width", "
     (["train", "--head", "10"], ["head 10", "divisible"]),
     (["train", "--kernel", "4"], ["kernel 4", "3, 5"]),
     (["train", "--levels", "1"], ["levels", "2 to 256"]),
+    (["train", "--map-channels", "2"], ["map", "--map-channels 0"]),
+    (["train", "--likelihood", "normal"], ["normal", "softmax or logistic"]),
     (["train", "--model", "rnn"], ["rnn", "gated or pixelcnn"]),
     (["train", "--model", "pixelcnn"], ["condition", "--num-classes 0"]),
     (["train", "--data", "no/such/folder"], ["no/such/folder"]),
