@@ -13,8 +13,8 @@ in ONE pass if no output can see its own value or a later one: its kernels are m
 softmax over all values a pixel can have: nothing is assumed about its form. Training is a classifier's cross-entropy,
 the result a true likelihood. To sample, draw one value after the other: N values, N passes (or one pixel's share of
 each: see sample). PixelCNN's masks leave a blind spot: a layer reaches right only by going up a row first, so a wedge
-above and to the right of a pixel is never seen. Gated PixelCNN removes it with two stacks (one reads the rows above, one
-the row to the left), gates its features as an LSTM does, and can be told a class or a map of features.
+above and to the right of a pixel is never seen. Gated PixelCNN removes it with two stacks (one reads the rows above,
+one the row to the left), gates its features as an LSTM does, and can be told a class or a map of features.
 
     images (B,3,H,W) -> Tokenizer.encode -> tokens (B,N), N = H*W*C -> Prior -> logits (B,N,V), from earlier tokens only
     labels (B,) -> sample: for each i draw tokens[:, i] from softmax(logits[:, i]) -> Tokenizer.decode -> images
