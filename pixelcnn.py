@@ -44,6 +44,7 @@ import copy
 import dataclasses
 import gzip
 import hashlib
+import http.client
 import inspect
 import io
 import json
@@ -134,6 +135,8 @@ def check(config):
     for name in ("width", "head"):
         value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
+    need(config.temperature > 0 and config.mixtures > 0, "temperature and mixtures must be greater than 0")
+    need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
     need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
     need(config.model == "gated" or not (config.num_classes or config.map_channels),
          "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0 --map-channels 0")
@@ -167,7 +170,7 @@ class Tokenizer(nn.Module):
         return (intensity * self.levels + 1e-3).floor().long().clamp(0, self.levels - 1)
 
     def decode(self, tokens):
-        """tokens (B, N) -> images (B, 3, H, W): level 0 is -1, level V - 1 is 1, the others evenly between."""
+        """tokens (B, N) -> images (B, 3, H, W): level 0 is -1, level V - 1 is 1 (no bin's middle), others between."""
         pixels = tokens.view(-1, self.image_size, self.image_size, self.colours).permute(0, 3, 1, 2)
         return (2 * pixels / (self.levels - 1) - 1).expand(-1, 3, -1, -1)
 
@@ -205,8 +208,8 @@ def causal_mask(kind, out_channels, in_channels, kernel_size, colours=1):
 class MaskedConv2d(nn.Conv2d):
     """Convolution whose kh x kw kernel is multiplied by a causal mask; height and width are kept (zero padding).
 
-    What every mask hides is neither stored nor computed: the rows below the centre and, in a kernel of one row, the
-    columns right of it. The weight is (out, in, kh // 2 + 1, kw), or (out, in, 1, kw // 2 + 1) for kh = 1.
+    Positions hidden by all kinds of mask are neither stored nor computed: the rows below the centre and, in a kernel of
+    one row, the columns right of it. The weight is (out, in, kh // 2 + 1, kw), or (out, in, 1, kw // 2 + 1) for kh = 1.
     """
     def __init__(self, kind, in_channels, out_channels, kernel_size, colours=1):
         kh, kw = kernel_size
@@ -505,7 +508,7 @@ def logistic_draw(l, u_mixture, u_logistic, levels=None):
 # === Sampler: one visible loop ========================================================================================
 @torch.no_grad()
 def sample_plain(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.0, generator=None):
-    """The definition of sampling: for each token one pass over the whole image. sample() draws the same, faster."""
+    """The definition of sampling: for each draw one pass over the whole image. sample() draws the same, faster."""
     B, n, k = len(labels), 0 if known is None else known.shape[1], prior.colours if prior.logistic else 1
     tokens = torch.zeros(B, prior.image_size ** 2 * prior.colours, dtype=torch.long, device=labels.device)
     if known is not None:
@@ -536,8 +539,8 @@ def sample(tokenizer, prior, labels, *, known=None, spatial=None, temperature=1.
         rows = n // (S * C)
         if rows:                                                                # rows known in full: one pass
             at[:] = rows - 1, 0
-            above = None if spatial is None else spatial[:, :, :rows]
-            prior.net(image[:, :, :rows], **prior.condition(labels, above))
+            known_map = None if spatial is None else spatial[:, :, :rows]
+            prior.net(image[:, :, :rows], **prior.condition(labels, known_map))
         for i in range(rows, S):
             at[:] = i, 0
             links = prior.net.start_row(image, i, **condition)
@@ -597,8 +600,7 @@ def train_prior(config, data, run, tokenizer):
     return ema
 
 
-# === Official weights =================================================================================================
-# None: neither PixelCNN nor Gated PixelCNN was released, so this file has no from_official.
+# === Official weights: none were released for either paper ============================================================
 
 
 # === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
@@ -612,7 +614,7 @@ def explain(what, remedy):
     try:
         yield
     except (OSError, EOFError, KeyError, TypeError, ValueError, SyntaxError, RuntimeError, zlib.error,
-            zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError) as error:
+            http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100] or type(error).__name__
         raise UserError(f"{what} ({reason}): {remedy}") from None
 
@@ -834,7 +836,7 @@ class Run:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
         if "RANK" in os.environ and not dist.is_initialized():                  # started by torchrun
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        self.main = not dist.is_initialized() or dist.get_rank() == 0
+        self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
             with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
                 data = io.BytesIO(self.checkpoint.read_bytes())
@@ -844,7 +846,7 @@ class Run:
             return
         self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0,
                           progress={}, objects={})
-        if self.main:
+        if self.is_main:
             if self.checkpoint.exists():
                 raise UserError(f"{folder} holds a run: go on with train --resume {folder}, or choose another --out")
             with explain(f"cannot make the run folder {folder}", "choose another --out"):
@@ -867,7 +869,7 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)            # a second Ctrl-C stops at once, unsaved
         previous = signal.signal(signal.SIGINT, on_interrupt)
         try:
-            self.bar = tqdm(range(start, total), stage, total, initial=start, disable=None if self.main else True)
+            self.bar = tqdm(range(start, total), stage, total, initial=start, disable=None if self.is_main else True)
             for step in self.bar:
                 yield step
                 self.state["progress"][stage] = step + 1
@@ -882,7 +884,7 @@ class Run:
     def save(self):
         self.state["seconds"], self.clock = self.state["seconds"] + time.time() - self.clock, time.time()
         self.state["objects"].update({name: item.state_dict() for name, item in self.objects.items()})
-        if self.main:
+        if self.is_main:
             torch.save(self.state, buffer := io.BytesIO())
             write_file(self.checkpoint, buffer.getbuffer())
             rows = "".join(json.dumps(row) + "\n" for row in self.state["metrics"])
@@ -959,6 +961,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def positive(text):
+    """An integer of at least 1 on the command line."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def parse(argv):
     """The command line. Every field of the Config is a flag of `train`; its help is the comment behind the field."""
     parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0])
@@ -972,17 +981,19 @@ def parse(argv):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
                            help=comments[field.name].replace("%", "%%"), **kind)
-    for name, text in VERBS.items():
+    for name, (_, text) in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("run", help="run folder")
         if name in ("complete", "reconstruct"):
             verb.add_argument("photos", nargs="*", help="image files (none: the first test images)")
+        if name in ("complete", "reconstruct", "evaluate"):
+            verb.add_argument("--data-dir", help="where mnist and cifar10 are (default: where training found them)")
         if name != "evaluate":
             verb.add_argument("--out", help="PNG to write (default: in the run folder)")
-        if name not in ("evaluate", "reconstruct"):
+        if name in ("sample", "complete", "interpolate"):
             verb.add_argument("--labels", nargs="+", help="classes by number or name, repeated in turn (default: all)")
-            verb.add_argument("--num", type=int, default=0, help="images to draw, for complete: of each image")
-            verb.add_argument("--temperature", type=float, default=0, help="divides the logits (default: the run's)")
+            verb.add_argument("--num", type=positive, help="images to draw, for complete: of each image")
+            verb.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
             verb.add_argument("--seed", type=int, default=0, help="of the generator that draws")
     return parser.parse_args(argv)
 
@@ -992,7 +1003,10 @@ def main(argv=None):
     try:
         argv, demo = sys.argv[1:] if argv is None else list(argv), Path("runs/pixelcnn_demo")
         args = parse(argv or ["train", "--resume" if (demo / "checkpoint.pt").exists() else "--out", str(demo)])
-        globals()[f"{args.verb}_command"](args)
+        if args.verb == "train":
+            train_command(args)
+        else:
+            VERBS[args.verb][0](args, *load_run(args.run))
     except (UserError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted; what was written before is kept'}", file=sys.stderr)
         sys.exit(2)
@@ -1002,26 +1016,25 @@ def train_command(args):
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     if args.resume:
         run = Run(args.resume)
-        saved, asked = run.state["config"], json.loads((run.folder / "config.json").read_text()) | fields
+        with explain(f"cannot read {run.folder}/config.json", "it must be what training wrote"):
+            asked, saved = json.loads((run.folder / "config.json").read_text()) | fields, run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
                  if saved.get(name) != value and name != "data_dir"]
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
-    config = dataclasses.replace(run.config if args.resume else PRESETS[args.preset], **fields)
+        run.config = dataclasses.replace(run.config, **fields)
+        run.state["config"] = dataclasses.asdict(run.config)
+    config = run.config if args.resume else dataclasses.replace(PRESETS[args.preset], **fields)
     check(config)
     if config.map_channels:
         raise UserError("no data set has maps: use --map-channels 0, or train in Python with Prior.loss's spatial")
     data = load_data(config)
     run = run if args.resume else Run(args.out or f"runs/pixelcnn_{args.preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))
-    if run.main:
+    if run.is_main:
         run.plot()
         for verb in ("reconstruct", "evaluate", "sample"):
             main([verb, str(run.folder)])
-
-
-def finish(path, following):
-    print(f"{path}   next: python pixelcnn.py {following}")
 
 
 def read_labels(words, run, num):
@@ -1037,10 +1050,10 @@ def read_labels(words, run, num):
 
 
 def read_photos(args, run):
-    """The photos of the command line -> images (n, 3, S, S) in [-1, 1], labels "no class"; none: eight test images."""
+    """images (n, 3, S, S) in [-1, 1], labels: of the command line's photos ("no class"), or of eight test images."""
     if not args.photos:
-        images, labels = (split[:8] for split in load_data(run.config).test)
-        return images / 127.5 - 1, labels.clamp(max=run.config.num_classes).to(run.device)
+        images, labels = (split[:8] for split in load_test(args, run))
+        return images, labels.clamp(max=run.config.num_classes).to(run.device)
     images = []
     for photo in args.photos:
         with explain(f"{photo} cannot be read as an image", "give PNG or JPEG files"):
@@ -1048,47 +1061,53 @@ def read_photos(args, run):
     return torch.stack(images) / 127.5 - 1, torch.full((len(images),), run.config.num_classes, device=run.device)
 
 
-def draw(args, run, tokenizer, prior, labels, **known):
+def load_test(args, run):
+    images, labels = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)).test
+    return images / 127.5 - 1, labels
+
+
+def draw(args, run, tokenizer, prior, labels, known=None):
+    temperature = run.config.temperature if args.temperature is None else args.temperature
+    check(dataclasses.replace(run.config, temperature=temperature))
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    temperature = args.temperature or run.config.temperature
-    return sample(tokenizer, prior, labels, temperature=temperature, generator=generator, **known)
+    return sample(tokenizer, prior, labels, known=known, temperature=temperature, generator=generator)
 
 
-def sample_command(args):
-    run, tokenizer, prior = load_run(args.run)
+def show(args, run, images, name, columns, following):
+    save_grid(images, out := args.out or run.folder / name, columns)
+    print(f"{out}   next: python pixelcnn.py {following} {args.run}")
+
+
+def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
     write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
-    save_grid(images, out := args.out or run.folder / "samples.png", columns)
-    finish(out, f"complete {args.run}")
+    show(args, run, images, "samples.png", columns, "complete")
 
 
-def complete_command(args):
+def complete_command(args, run, tokenizer, prior):
     """Each row: an image, what the model is shown of it, and what it makes of that (PixelRNN Fig. 1)."""
-    run, tokenizer, prior = load_run(args.run)
     (images, labels), num, S = read_photos(args, run), args.num or 6, run.config.image_size
     labels = read_labels(args.labels, run, len(images)) if args.labels else labels
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))
-    known = tokens[:, :S // 2 * S * run.config.colours].repeat_interleave(num, 0).to(run.device)
-    drawn = draw(args, run, tokenizer, prior, labels.repeat_interleave(num), known=known).cpu().unflatten(0, (-1, num))
+    half = tokens[:, :S // 2 * S * prior.colours]
+    labels, known = (t.repeat_interleave(num, 0).to(run.device) for t in (labels, half))
+    drawn = draw(args, run, tokenizer, prior, labels, known).cpu().unflatten(0, (-1, num))
     shown = tokenizer.decode(tokens)[:, None].repeat(1, 2, 1, 1, 1)
     shown[:, 1, :, S // 2:] = 0
-    save_grid(torch.cat([shown, drawn], 1).flatten(0, 1), out := args.out or run.folder / "completions.png", 2 + num)
-    finish(out, f"evaluate {args.run}")
+    show(args, run, torch.cat([shown, drawn], 1).flatten(0, 1), "completions.png", 2 + num, "evaluate")
 
 
-def interpolate_command(args):
+def interpolate_command(args, run, tokenizer, prior):
     """Columns: the class vector moves from one class to another, the random numbers stay (Gated PixelCNN Fig. 5)."""
-    run, tokenizer, prior = load_run(args.run)
     if len(args.labels or ()) != 2:
         raise UserError("interpolate needs two classes: --labels A B")
     a, b = F.one_hot(read_labels(args.labels, run, 2), run.config.num_classes).float()
     vectors = [torch.lerp(a, b, k / 8).expand(args.num or 6, -1) for k in range(9)]
     columns = [draw(args, run, tokenizer, prior, vector) for vector in vectors]
-    save_grid(torch.stack(columns, 1).flatten(0, 1), out := args.out or run.folder / "interpolation.png", 9)
-    finish(out, f"sample {args.run}")
+    show(args, run, torch.stack(columns, 1).flatten(0, 1), "interpolation.png", 9, "sample")
 
 
 def psnr(a, b):
@@ -1096,45 +1115,44 @@ def psnr(a, b):
     return -10 * ((a - b) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
-def reconstruct_command(args):
-    run, tokenizer, _ = load_run(args.run)
-    images, again = (images := read_photos(args, run)[0]), tokenizer(images)[0]
+def reconstruct_command(args, run, tokenizer, prior):
+    images, _ = read_photos(args, run)
+    again, _ = tokenizer(images)
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
-    save_grid(torch.stack([images, again], 1).flatten(0, 1), out := args.out or run.folder / "reconstructions.png", 8)
-    finish(out, f"sample {args.run}")
+    show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
 
 
-def evaluate_command(args):
+def evaluate_command(args, run, tokenizer, prior):
     """Likelihood of the test images (binary: bits drawn once, from a fixed seed), code use, speed, size."""
-    run, tokenizer, prior = load_run(args.run)
-    images, labels = load_data(run.config).test
-    tokens = tokenizer.encode(images := images / 127.5 - 1, torch.Generator().manual_seed(0))
+    images, labels = load_test(args, run)
+    tokens = tokenizer.encode(images, torch.Generator().manual_seed(0))
     nats, L, V = likelihood(prior, tokens, labels), tokens.shape[1], run.config.levels
     count = torch.bincount(tokens.flatten(), minlength=V)
     entropy, start, num = float(torch.distributions.Categorical(count.double()).entropy()), time.time(), 16
-    sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0))
+    sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0)).cpu()
+    seconds = time.time() - start
     report = dict(
         file="pixelcnn.py", data=run.config.data, model=run.config.model,
-        parameters=sum(p.numel() for p in prior.parameters()),
+        parameters=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         nats_per_token=nats / L, nats_per_image=nats, bits_per_dim=nats / L / math.log(2), test_images=len(images),
         unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
-        psnr=float(psnr(images, tokenizer(images)[0]).mean()), samples_per_second=num / (time.time() - start),
-        peak_memory_mib=peak_memory(), train_steps=run.state["progress"].get("prior", 0),
-        train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
+        psnr=float(psnr(images, tokenizer(images)[0]).mean()), peak_memory_mib=peak_memory(),
+        train_steps=run.state["progress"].get("prior", 0), train_seconds=run.state["seconds"],
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        command=f"python pixelcnn.py evaluate {args.run}")
+        threads=torch.get_num_threads(), command=f"python pixelcnn.py evaluate {args.run}")
     print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
           f"(without context {entropy:.4f} nats per token, without anything {math.log(V):.4f})")
     if V == 2:
         print("protocol: dynamic binarisation, test bits from seed 0; the paper's 81.30 (PixelCNN) is on a static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
-    finish(run.folder / "report.json", f"sample {args.run}")
+    print(f"{run.folder / 'report.json'}   next: python pixelcnn.py sample {args.run}")
 
 
-VERBS = {"sample": "draw images", "complete": "hide the lower half of images and draw it anew",
-         "interpolate": "draw images between two classes",
-         "reconstruct": "images through the tokenizer, side by side, with PSNR",
-         "evaluate": "likelihood, speed, size: writes RUN/report.json"}
+VERBS = {"sample": (sample_command, "draw images"),
+         "complete": (complete_command, "hide the lower half of images and draw it anew"),
+         "interpolate": (interpolate_command, "draw images between two classes"),
+         "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR"),
+         "evaluate": (evaluate_command, "likelihood, speed, size: writes RUN/report.json")}
 
 if __name__ == "__main__":
     main()

@@ -174,7 +174,9 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
     m, run = case.module, tmp_path / "run"
     m.main(["train", *case.flags(), "--out", str(run)])
     for verb in (["sample", str(run), "--num", "3", "--out", str(tmp_path / "grid.png")], ["complete", str(run), "--num", "1"],
-                 ["reconstruct", str(run), str(run / "samples.png")], ["evaluate", str(run)]):
+                 ["reconstruct", str(run), str(run / "samples.png")],
+                 *([["interpolate", str(run), "--labels", "0", "star", "--num", "1"]] if case.config.num_classes else []),
+                 ["evaluate", str(run)]):
         m.main(verb)
         last = capsys.readouterr().out.strip().split("\n")[-1]
         assert os.path.exists(last.split("   next: ")[0]) and "next: python " in last
