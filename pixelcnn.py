@@ -218,19 +218,20 @@ class MaskedConv2d(nn.Conv2d):
         self.border = (kw // 2, columns - 1 - kw // 2, kh // 2, 0)              # left, right, top, bottom
         mask = causal_mask(kind, out_channels, in_channels, kernel_size, colours)
         self.register_buffer("mask", mask[:, :, :rows, :columns].clone(), persistent=False)
-        self.first, self.seen, self.at = kind in ("A", "above"), None, None     # see incremental()
+        self.first, self.seen, self.at, self.flat = kind in ("A", "above"), None, None, None   # see incremental()
 
     def forward(self, x):
-        # the mask multiplies the weight in the graph: a hidden weight gets no gradient and can never leak
-        weight, (left, right, top, _) = self.weight * self.mask, self.border
         if self.seen is None:
-            return F.conv2d(F.pad(x, self.border), weight, self.bias)
-        (i, j), (r, w) = self.at, x.shape[2:]                   # x is rows i - r + 1 ... i, columns j ... j + w - 1
-        self.seen[:, :, top + i + 1 - r:top + i + 1, left + j:left + j + w] = x
-        window = self.seen[:, :, i + 1 - r:i + 1 + top, j:j + w + left + right]
-        if window.shape[2:] == weight.shape[2:]:                # one pixel: a matrix product has less overhead
-            return F.linear(window.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
-        return F.conv2d(window, weight, self.bias)
+            # the mask multiplies the weight in the graph: a hidden weight gets no gradient and can never leak
+            return F.conv2d(F.pad(x, self.border), self.weight * self.mask, self.bias)
+        if any(self.border):                                    # a 1 x 1 kernel needs no memory
+            (i, j), (r, w), (left, right, top, _) = self.at, x.shape[2:], self.border
+            # x is rows i - r + 1 ... i, columns j ... j + w - 1; row 0, column 0 lie at top, left in the padding
+            self.seen[:, :, top + i + 1 - r:top + i + 1, left + j:left + j + w] = x
+            x = self.seen[:, :, i + 1 - r:i + 1 + top, j:j + w + left + right]
+        if x.shape[2:] == self.kernel_size:                     # one pixel: a matrix product has less overhead
+            return F.linear(x.flatten(1), self.flat, self.bias)[:, :, None, None]
+        return F.conv2d(x, self.weight * self.mask, self.bias)
 
 
 @contextlib.contextmanager
@@ -247,13 +248,14 @@ def incremental(net, image):
     padded = F.pad(image, (k, k, k, 0))
     for conv in convs:
         left, right, top, _ = conv.border
-        conv.at, conv.seen = at, (padded[:, :, k - top:, k - left:k + W + right] if conv.first else
-                                  image.new_zeros(B, conv.in_channels, top + H, left + W + right))
+        conv.at, conv.flat = at, (conv.weight * conv.mask).flatten(1)
+        conv.seen = (padded[:, :, k - top:, k - left:k + W + right] if conv.first else
+                     image.new_zeros(B, conv.in_channels, top + H, left + W + right))
     try:
         yield at, padded[:, :, k:, k:k + W]
     finally:
         for conv in convs:
-            conv.at = conv.seen = None
+            conv.at = conv.seen = conv.flat = None
 
 
 class ResidualBlock(nn.Module):
