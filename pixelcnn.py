@@ -1009,7 +1009,7 @@ def main(argv=None):
             train_command(args)
         else:
             VERBS[args.verb][0](args, *load_run(args.run))
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, KeyboardInterrupt, OSError) as error:
         print(f"error: {str(error) or 'interrupted; what was written before is kept'}", file=sys.stderr)
         sys.exit(2)
 

@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_every_public_class_and_function_has_a_docstring(file):
 def test_every_config_field_has_a_comment_that_is_its_help(file, capsys):
     """Planted: a field without comment; a help text typed by hand."""
     module = importlib.import_module(file.stem)
-    source = ast.get_source_segment(file.read_text(), next(n for n in ast.parse(file.read_text()).body if getattr(n, "name", "") == "Config"))
+    source = inspect.getsource(module.Config)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
     assert set(comments) == {field.name for field in dataclasses.fields(module.Config)}
     with pytest.raises(SystemExit) as exit:
@@ -120,10 +121,27 @@ def test_readme_names_only_flags_and_verbs_that_exist():
     """Every `python FILE.py ...` of README and of the docstrings parses."""
     for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in FILES)):
         text = path.read_text() if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()))
-        for name, words in re.findall(r"^\s*(?:torchrun \S+ \S+ |(?:\S*/)?python )(\w+)\.py ([^#`\n]+?)(?:   .*)?$", text, re.M):
+        for name, words in re.findall(r"^\s*(?:torchrun \S+ \S+ |python )(\w+)\.py((?: [^ #`\n]+)*)", text, re.M):
             if name in FILES:
                 words = [word for word in words.split() if not word.startswith("[")]
-                importlib.import_module(name).parse(words)
+                if words:
+                    importlib.import_module(name).parse(words)
+
+
+def test_readme_snippets_run():
+    """Planted: another name for `sample`."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_no_file_names_a_path_of_its_author():
+    """Planted: /tmp in a report."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in [n for n in listed if n.endswith((".py", ".md", ".json", ".ipynb", ".toml", ".txt")) and not n.startswith("tests/")]:
+        text = (ROOT / name).read_text()
+        assert not re.search(r"/(work|root|tmp|home)/", text), name
 
 
 def test_files_run_as_scripts(file):
