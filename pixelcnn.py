@@ -44,13 +44,11 @@ import copy
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import inspect
 import io
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -58,7 +56,6 @@ import tarfile
 import time
 import urllib.request
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,11 +128,17 @@ def check(config):
     need(config.likelihood in ("softmax", "logistic"), f"likelihood {config.likelihood!r}: softmax or logistic")
     need(config.colours in (1, 3), f"colours is {config.colours}: 3, or 1 for grey images")
     need(2 <= config.levels <= 256, f"levels is {config.levels}: 2 to 256")
-    need(config.image_size >= 1 and config.layers >= 1, "image_size and layers must be at least 1")
     for name in ("width", "head"):
         value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
-    need(config.temperature > 0 and config.mixtures > 0, "temperature and mixtures must be greater than 0")
+    for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
+                         ("warmup train_images test_images train_steps_prior num_classes map_channels", 0),
+                         ("temperature", 1e-3)):
+        for name in names.split():
+            need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
+    need(config.lr > 0 and config.clip > 0 and 0 <= config.ema <= 1, "lr and clip must be positive, ema 0 to 1")
+    need(0 <= config.seed < 2 ** 63, f"seed {config.seed}: 0 to 2**63 - 1")
+    need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
     need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
     need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
     need(config.model == "gated" or not (config.num_classes or config.map_channels),
@@ -615,8 +618,9 @@ def explain(what, remedy):
     """Inside the block an error of reading, writing or decoding becomes a UserError: what failed, why, what to do."""
     try:
         yield
-    except (OSError, EOFError, KeyError, TypeError, ValueError, SyntaxError, RuntimeError, zlib.error,
-            http.client.HTTPException, zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError) as error:
+    except UserError:
+        raise
+    except Exception as error:                                                  # damaged files raise all kinds
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100] or type(error).__name__
         raise UserError(f"{what} ({reason}): {remedy}") from None
 
@@ -713,7 +717,10 @@ def fetch(name, folder):
 
 def read_image(file, size):
     """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
-    return np.asarray(ImageOps.fit(Image.open(file).convert("RGB"), (size, size), Image.Resampling.BOX))
+    image = ImageOps.exif_transpose(Image.open(file))                           # photos of a phone stand upright
+    if image.mode.startswith("I"):                                              # 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
 
 
 def read_folder(source, config):
@@ -722,9 +729,10 @@ def read_folder(source, config):
     with explain(f"--data {source} is no folder and no whole .zip", "give shapes, mnist, cifar10, a folder or a .zip"):
         archive = None if root.is_dir() else zipfile.ZipFile(root)
     names = archive.namelist() if archive else [path.relative_to(root).as_posix() for path in root.rglob("*")]
-    wanted = re.compile(r"(train|test)/[^/]+/[^/]+[.](png|jpe?g|webp|bmp|gif)", re.I)
+    wanted = re.compile(r"(train|test)/[^/]+/[^/]+[.](?i:png|jpe?g|webp|bmp|gif)")
     names = sorted(filter(wanted.fullmatch, names))
     classes, has_test = sorted({name.split("/")[1] for name in names}), any(name.startswith("test/") for name in names)
+    names = [names[i] for i in np.random.default_rng(0).permutation(len(names))]    # so that a part has all classes
     for number, name in enumerate(tqdm(names, "reading images", leave=False, disable=None)):
         split, label = name.split("/")[:2]
         images, labels = splits["test" if not has_test and number % 10 == 9 else split]
@@ -837,7 +845,8 @@ class Run:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
         if "RANK" in os.environ and not dist.is_initialized():                  # started by torchrun
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            with explain("torch.distributed cannot start", "use torchrun, no more processes than GPUs, or unset RANK"):
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
             with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
@@ -975,7 +984,7 @@ def parse(argv):
     parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train, then sample and evaluate")
-    train.add_argument("--preset", choices=PRESETS, default="demo", help="where the fields not given come from")
+    train.add_argument("--preset", choices=PRESETS, help="where the fields not given come from (default: demo)")
     train.add_argument("--out", help="run folder to make (default: runs/pixelcnn_PRESET)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
@@ -1016,22 +1025,25 @@ def main(argv=None):
 
 def train_command(args):
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    preset = args.preset or "demo"
     if args.resume:
+        if args.preset or args.out:
+            raise UserError("--resume RUN goes on with RUN's own settings in RUN: leave --preset and --out away")
         run = Run(args.resume)
         with explain(f"cannot read {run.folder}/config.json", "it must be what training wrote"):
             asked, saved = json.loads((run.folder / "config.json").read_text()) | fields, run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if saved.get(name) != value and name != "data_dir"]
+                 if saved.get(name) != value and name not in ("data", "data_dir")]     # they may have moved
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         run.config = dataclasses.replace(run.config, **fields)
         run.state["config"] = dataclasses.asdict(run.config)
-    config = run.config if args.resume else dataclasses.replace(PRESETS[args.preset], **fields)
+    config = run.config if args.resume else dataclasses.replace(PRESETS[preset], **fields)
     check(config)
     if config.map_channels:
         raise UserError("no data set has maps: use --map-channels 0, or train in Python with Prior.loss's spatial")
     data = load_data(config)
-    run = run if args.resume else Run(args.out or f"runs/pixelcnn_{args.preset}", config, data.classes)
+    run = run if args.resume else Run(args.out or f"runs/pixelcnn_{preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))
     if run.is_main:
         run.plot()
@@ -1044,7 +1056,7 @@ def read_labels(words, run, num):
     classes, count = run.state["classes"], run.config.num_classes
     if words and not count:
         raise UserError(f"{run.folder} was trained without classes: leave --labels out")
-    labels = [classes.index(word) if word in classes else int(word) if word.isdigit() else -1 for word in words or ()]
+    labels = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words or ()]
     for word, label in zip(words or (), labels):
         if not 0 <= label < count:
             raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}, or {', '.join(classes)}")
@@ -1070,9 +1082,13 @@ def load_test(args, run):
 
 def draw(args, run, tokenizer, prior, labels, known=None):
     temperature = run.config.temperature if args.temperature is None else args.temperature
-    check(dataclasses.replace(run.config, temperature=temperature))
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    return sample(tokenizer, prior, labels, known=known, temperature=temperature, generator=generator)
+    check(dataclasses.replace(run.config, temperature=temperature, seed=args.seed))
+    generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
+    for start in range(0, len(labels), 256):                                    # 256 at a time: the caches take memory
+        k = slice(start, start + 256)
+        parts.append(sample(tokenizer, prior, labels[k], known=None if known is None else known[k],
+                            temperature=temperature, generator=generator))
+    return torch.cat(parts)
 
 
 def show(args, run, images, name, columns, following):
@@ -1091,6 +1107,8 @@ def sample_command(args, run, tokenizer, prior):
 
 def complete_command(args, run, tokenizer, prior):
     """Each row: an image, what the model is shown of it, and what it makes of that (PixelRNN Fig. 1)."""
+    if args.photos and run.config.num_classes and not args.labels:
+        raise UserError("this model has never drawn without a class: give --labels, one for each photo or one for all")
     (images, labels), num, S = read_photos(args, run), args.num or 6, run.config.image_size
     labels = read_labels(args.labels, run, len(images)) if args.labels else labels
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))

@@ -60,6 +60,13 @@ TINY = ["--num-classes", "2", "--image-size", "8", "--layers", "1", "--width", "
     (["train", "--width", "10"], ["width 10", "divisible", "3"]),
     (["train", "--head", "10"], ["head 10", "divisible"]),
     (["train", "--kernel", "4"], ["kernel 4", "3, 5"]),
+    (["train", "--kernel", "-3"], ["kernel is -3", "at least 1"]),
+    (["train", "--batch-size", "0"], ["batch_size is 0", "at least 1"]),
+    (["train", "--save-every", "0"], ["save_every is 0", "at least 1"]),
+    (["train", "--train-images", "-5"], ["train_images is -5"]),
+    (["train", "--lr", "-1"], ["lr", "positive"]),
+    (["train", "--seed", "-1"], ["seed -1"]),
+    (["train", "--train-steps-tokenizer", "3"], ["train_steps_tokenizer", "nothing to learn"]),
     (["train", "--levels", "1"], ["levels", "2 to 256"]),
     (["train", "--map-channels", "2"], ["map", "--map-channels 0"]),
     (["train", "--likelihood", "normal"], ["normal", "softmax or logistic"]),
@@ -127,6 +134,41 @@ def test_unknown_labels(module, fails, run, words, says):
     fails(module, "sample", run, *words, says=says)
 
 
+def test_photos_of_a_model_with_classes_need_labels(module, fails, run, tmp_path):
+    Image.new("RGB", (30, 20), (250, 20, 20)).save(tmp_path / "photo.png")
+    fails(module, "complete", run, tmp_path / "photo.png", says=["--labels"])
+    module.main(["complete", str(run), str(tmp_path / "photo.png"), "--labels", "star", "--num", "1"])
+
+
+def test_resume_takes_no_preset_and_no_out(module, fails, run):
+    fails(module, "train", "--resume", run, "--preset", "mnist", says=["--preset"])
+    fails(module, "train", "--resume", run, "--out", "elsewhere", says=["--out"])
+
+
+def test_rank_without_torchrun(module, fails, monkeypatch, run):
+    monkeypatch.setenv("RANK", "0")
+    fails(module, "sample", run, says=["torchrun"])
+
+
+def test_part_of_a_folder_has_all_classes(module, tmp_path):
+    """Planted: the first names of the sorted list."""
+    make_images(tmp_path / "data")
+    data = module.load_data(module.Config(data=str(tmp_path / "data"), image_size=8, num_classes=2, train_images=10))
+    assert data.train[1].unique().tolist() == [0, 1] and len(data.train[1]) == 10
+
+
+def test_sixteen_bits_and_rotation_are_read(module, tmp_path):
+    import numpy as np
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(tmp_path / "deep.png")
+    assert module.read_image(tmp_path / "deep.png", 8).mean() == pytest.approx(20000 / 256, abs=1)
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                    # stored upside down
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    Image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif, quality=100)
+    assert module.read_image(tmp_path / "phone.jpg", 8)[0].mean() < 50
+
+
 def test_labels_of_a_model_without_classes(module, fails, tmp_path):
     config = module.Config(model="pixelcnn", num_classes=0, image_size=4, layers=1, width=3, head=3, train_images=10, test_images=10,
                            train_steps_prior=1, batch_size=2)
@@ -137,7 +179,7 @@ def test_labels_of_a_model_without_classes(module, fails, tmp_path):
 def test_photo_that_is_none(module, fails, run, tmp_path):
     (tmp_path / "photo.png").write_bytes(b"no picture")
     fails(module, "reconstruct", run, tmp_path / "photo.png", says=["photo.png"])
-    fails(module, "complete", run, tmp_path / "missing.png", says=["missing.png"])
+    fails(module, "complete", run, tmp_path / "missing.png", "--labels", "star", says=["missing.png"])
 
 
 def test_folder_without_checkpoint(module, fails, tmp_path):
