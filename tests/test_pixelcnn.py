@@ -208,3 +208,43 @@ def test_logistic_draws_repeat_through_the_fast_sampler():
         sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), known=known[:, :32])
     with pytest.raises(pixelcnn.UserError, match="temperature"):
         sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), temperature=0.5)
+
+
+def test_shapes_and_dtypes_are_those_of_the_docstrings(tmp_path):
+    """Every public call whose docstring gives a shape. Planted: psnr averaged over the batch."""
+    B, S, p, M, K = 2, 5, 6, 2, 3
+    config = Config(image_size=S, levels=3, layers=2, width=p, head=12, num_classes=4, map_channels=M, train_images=9, test_images=3)
+    prior, image, spatial = build_prior(config), torch.zeros(B, 3, S, S), torch.zeros(B, M, S, S)
+    classes, layer = torch.eye(4)[:B], prior.net.layers[1]
+    maps = torch.zeros(B, p, S, S)
+    assert [tuple(a.shape) for a in layer(maps, maps)] == [(B, p, S, S)] * 2
+    assert layer.bias(classes).shape == (B, 2 * p, 1, 1) and layer.bias(classes, spatial).shape == (B, 2 * p, S, S)
+    assert pixelcnn.gate(torch.zeros(B, 2 * p, S, S)).shape == (B, p, S, S)
+    assert pixelcnn.ResidualBlock(p, 3, 3)(torch.zeros(B, 2 * p, S, S)).shape == (B, 2 * p, S, S)
+    assert PixelCNN(3, p, 2, 3, 12, 9, 3)(image).shape == (B, 9, S, S) and prior.net(image, classes, spatial).shape == (B, 9, S, S)
+    with torch.no_grad(), pixelcnn.incremental(prior.net, image) as (at, inside):
+        assert inside.shape == image.shape and at == [0, 0]
+        links = prior.net.start_row(inside, 0, classes, spatial)
+        assert [tuple(link.shape) for link in links] == [(B, 2 * p, 1, S)] * 2
+        assert prior.net.pixel(inside, 0, 0, links).shape == (B, 9, 1, 1)
+    tokens = prior.draw(torch.zeros(B, 3))
+    assert tokens.shape == (B, 1) and tokens.dtype == torch.int64
+    logistic = build_prior(Config(image_size=S, likelihood="logistic", mixtures=K, layers=2, width=p, head=12, num_classes=0))
+    out = logistic(torch.zeros(B, 75, dtype=torch.long))
+    assert out.shape == (B, 25, 10 * K) and logistic.draw(out[:, 0]).shape == (B, 3)
+    logits, *rest = pixelcnn.logistic_parameters(out, 3)
+    assert logits.shape == (B, 25, K) and [tuple(a.shape) for a in rest] == [(B, 25, 3, K)] * 3
+    assert pixelcnn.logistic_nll(out, torch.zeros(B, 25, 3)).shape == (B, 25)
+    x, component = pixelcnn.logistic_draw(out, torch.full((B, 25, K), 0.5), torch.full((B, 25, 3), 0.5))
+    assert x.shape == (B, 25, 3) and component.shape == (B, 25)
+    data = pixelcnn.load_data(Config(image_size=S, train_images=9, test_images=3))
+    images, labels = data.batch("train", 4, pixelcnn.rng(0, 0))
+    assert data.train[0].dtype == torch.uint8 and data.train[0].shape == (9, 3, S, S) and data.test[1].shape == (3,)
+    assert images.shape == (4, 3, S, S) and images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    assert labels.shape == (4,) and labels.dtype == torch.int64
+    assert pixelcnn.psnr(images, images).tolist() == [100] * 4
+    pixelcnn.save_grid(images, tmp_path / "grid.png", 2)
+    read = pixelcnn.read_image(tmp_path / "grid.png", 7)
+    assert read.shape == (7, 7, 3) and read.dtype == "uint8" and pixelcnn.to_bytes(images).dtype == torch.uint8
+    nats = pixelcnn.likelihood(prior, torch.zeros(5, 75, dtype=torch.long), torch.zeros(5, dtype=torch.long), batch_size=2)
+    assert isinstance(nats, float)
