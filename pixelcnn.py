@@ -119,32 +119,6 @@ PRESETS = {
 }
 
 
-def check(config):
-    """Raise UserError on settings that no model can be built from: one line with what would be right."""
-    def need(good, message):
-        if not good:
-            raise UserError(message)
-    need(config.model in ("gated", "pixelcnn"), f"model {config.model!r} is unknown: gated or pixelcnn")
-    need(config.likelihood in ("softmax", "logistic"), f"likelihood {config.likelihood!r}: softmax or logistic")
-    need(config.colours in (1, 3), f"colours is {config.colours}: 3, or 1 for grey images")
-    need(2 <= config.levels <= 256, f"levels is {config.levels}: 2 to 256")
-    for name in ("width", "head"):
-        value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
-        need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
-    for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
-                         ("warmup train_images test_images train_steps_prior num_classes map_channels", 0),
-                         ("temperature", 1e-3)):
-        for name in names.split():
-            need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
-    need(config.lr > 0 and config.clip > 0 and 0 <= config.ema <= 1, "lr and clip must be positive, ema 0 to 1")
-    need(0 <= config.seed < 2 ** 63, f"seed {config.seed}: 0 to 2**63 - 1")
-    need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
-    need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
-    need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
-    need(config.model == "gated" or not (config.num_classes or config.map_channels),
-         "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0 --map-channels 0")
-
-
 # === Tokenizer: pixel values <-> tokens (no learning) =================================================================
 class Tokenizer(nn.Module):
     """Uniform quantizer of pixel values: the only "tokenizer" these papers have. It has no parameters.
@@ -611,6 +585,32 @@ def train_prior(config, data, run, tokenizer):
 # === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
 class UserError(Exception):
     """A mistake the user can mend: main prints its line (what is wrong, what would be right) and exits with code 2."""
+
+
+def check(config):
+    """Raise UserError on settings that no model can be built from: one line with what would be right."""
+    def need(good, message):
+        if not good:
+            raise UserError(message)
+    need(config.model in ("gated", "pixelcnn"), f"model {config.model!r} is unknown: gated or pixelcnn")
+    need(config.likelihood in ("softmax", "logistic"), f"likelihood {config.likelihood!r}: softmax or logistic")
+    need(config.colours in (1, 3), f"colours is {config.colours}: 3, or 1 for grey images")
+    need(2 <= config.levels <= 256, f"levels is {config.levels}: 2 to 256")
+    for name in ("width", "head"):
+        value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
+        need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
+    for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
+                         ("warmup train_images test_images train_steps_prior num_classes map_channels", 0),
+                         ("temperature", 1e-3)):
+        for name in names.split():
+            need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
+    need(config.lr > 0 and config.clip > 0 and 0 <= config.ema <= 1, "lr and clip must be positive, ema 0 to 1")
+    need(0 <= config.seed < 2 ** 63, f"seed {config.seed}: 0 to 2**63 - 1")
+    need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
+    need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
+    need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
+    need(config.model == "gated" or not (config.num_classes or config.map_channels),
+         "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0 --map-channels 0")
 
 
 @contextlib.contextmanager
