@@ -89,13 +89,12 @@ class Config:
     kernel: int = 5                 # n of the n x n kernels after the first layer, whose kernel is 7
     head: int = 48                  # features between the last two 1 x 1 convolutions
     num_classes: int = 9            # classes the gated model is told (0: none)
-    map_channels: int = 0           # channels of a spatial map the gated model is told (0: none)
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step, over all processes
     train_steps_tokenizer: int = 0  # always 0: this tokenizer has nothing to learn
     train_steps_prior: int = 4000   # steps of training
     lr: float = 3e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
-    warmup: int = 100               # steps of that warm-up
+    warmup: int = 100               # steps of that warm-up (0: a constant learning rate)
     clip: float = 1.0               # gradients are scaled down to this norm
     ema: float = 0.999              # decay of the average of the weights that samples and likelihoods come from
     log_every: int = 10             # steps between two rows of metrics.jsonl
@@ -355,9 +354,10 @@ class Prior(nn.Module):
     """p(tokens | condition) = prod_i p(tokens_i | tokens_<i, condition): one of the two networks as a sequence model.
 
     With the logistic likelihood the network predicts a pixel at a time, from whole earlier pixels: its masks know no
-    colours, and the mixture itself lets G depend on R, and B on both.
+    colours, and the mixture itself lets G depend on R, and B on both. map_channels: of a spatial map the gated model is
+    told (no data set has one: for use in Python).
     """
-    def __init__(self, config):
+    def __init__(self, config, map_channels=0):
         super().__init__()
         check(config)
         self.levels, self.colours, self.image_size = config.levels, config.colours, config.image_size
@@ -367,7 +367,7 @@ class Prior(nn.Module):
         else:       # two levels need one number a: softmax over (0, a) is (1 - sigmoid(a), sigmoid(a))
             out_channels = C * (1 if self.levels == 2 else self.levels)
         sizes = (C, config.width, config.layers, config.kernel, config.head, out_channels, 1 if self.logistic else C)
-        self.net = (GatedPixelCNN(*sizes, config.num_classes, config.map_channels) if config.model == "gated" else
+        self.net = (GatedPixelCNN(*sizes, config.num_classes, map_channels) if config.model == "gated" else
                     PixelCNN(*sizes))
         self.to(memory_format=torch.channels_last)              # the layout tokens come in; faster on CPUs
 
@@ -573,7 +573,7 @@ def train_prior(config, data, run, tokenizer):
         average(*(p.grad for p in prior.parameters()))
         norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
         run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
-        set_lr(optimizer, step, config, config.train_steps_prior)
+        set_lr(optimizer, config.lr, step, config.warmup, config.train_steps_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
     return ema
@@ -600,7 +600,7 @@ def check(config):
         value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
     for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
-                         ("warmup train_images test_images train_steps_prior num_classes map_channels", 0),
+                         ("warmup train_images test_images train_steps_prior num_classes", 0),
                          ("temperature", 1e-3)):
         for name in names.split():
             need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
@@ -609,8 +609,8 @@ def check(config):
     need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
     need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
     need(config.kernel % 2 == 1, f"kernel {config.kernel} is even: a kernel needs a centre, so 3, 5, 7 ...")
-    need(config.model == "gated" or not (config.num_classes or config.map_channels),
-         "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0 --map-channels 0")
+    need(config.model == "gated" or not config.num_classes,
+         "the plain PixelCNN takes no condition: use --model gated, or --num-classes 0")
 
 
 @contextlib.contextmanager
@@ -682,7 +682,7 @@ def draw_shapes(seed, indices, size):
     return (ground + coverage[..., None] * (colour[:, None, None] - ground)).round().astype(np.uint8), labels
 
 
-DOWNLOADS = {   # name: (address, {file: MD5 of its content; for MNIST's .gz files of what is inside})
+DOWNLOADS = {   # name: (address, {file: MD5 (or start of the SHA-256) of its content, of .gz files of what is inside})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
         "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
@@ -693,14 +693,15 @@ DOWNLOADS = {   # name: (address, {file: MD5 of its content; for MNIST's .gz fil
 
 def fetch(name, folder):
     """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named when whole."""
-    def content(path, md5):
+    def content(path, checksum):
         with explain(f"{path} is truncated or corrupt", "delete it, and it is downloaded again"):
             data = gzip.decompress(path.read_bytes()) if path.name.endswith("ubyte.gz") else path.read_bytes()
-            if hashlib.md5(data).hexdigest() != md5:
-                raise ValueError(f"wrong checksum: the MD5 of its content must be {md5}")
+            kind = hashlib.md5 if len(checksum) == 32 else hashlib.sha256
+            if not kind(data).hexdigest().startswith(checksum):
+                raise ValueError(f"wrong checksum: that of its content must be {checksum}")
             return data
     address, files = DOWNLOADS[name]
-    for file, md5 in files.items():
+    for file, checksum in files.items():
         target = folder / file if (folder / file).exists() else folder / name / file
         if not target.exists():
             part = folder / name / "unfinished" / f"{os.getpid()}_{file}"       # each process of torchrun its own
@@ -710,9 +711,9 @@ def fetch(name, folder):
                         total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, disable=None) as bar:
                     while chunk := source.read(1 << 16):
                         bar.update(out.write(chunk))
-            content(part, md5)
+            content(part, checksum)
             os.replace(part, target)
-        yield content(target, md5)
+        yield content(target, checksum)
 
 
 def read_image(file, size):
@@ -720,6 +721,9 @@ def read_image(file, size):
     image = ImageOps.exif_transpose(Image.open(file))                           # photos of a phone stand upright
     if image.mode.startswith("I"):                                              # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:      # what shines through is white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
 
 
@@ -820,11 +824,11 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def set_lr(optimizer, step, config, total):
-    """Linear warm-up to config.lr, then half a cosine down to zero at `total`."""
-    rise, fall = (step + 1) / (config.warmup + 1), (step - config.warmup) / max(1, total - config.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1, rise) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, fall))))
+def set_lr(optimizer, lr, step, warmup, total):
+    """Linear warm-up to lr, then half a cosine down to zero at `total`; warmup 0: constant."""
+    rise, fall = (step + 1) / (warmup + 1), (step - warmup) / max(1, total - warmup)
+    for group in optimizer.param_groups if warmup else ():
+        group["lr"] = lr * min(1, rise) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, fall))))
 
 
 @torch.no_grad()
@@ -933,8 +937,11 @@ def load_run(folder):
     run, modules = Run(folder), []
     for name, build in (("tokenizer", build_tokenizer), ("prior", build_prior)):
         modules.append(build(run.config).to(run.device).eval())
+        state = run.state["objects"].get(f"{name}_ema") or run.state["objects"].get(name, {})
+        if not state and modules[-1].state_dict():
+            raise UserError(f"{folder} has no trained {name} yet: go on with train --resume {folder}")
         with explain(f"{run.checkpoint} does not fit its config", "train anew"):
-            modules[-1].load_state_dict(run.state["objects"].get(f"{name}_ema") or run.state["objects"].get(name, {}))
+            modules[-1].load_state_dict(state)
     return run, *modules
 
 
@@ -963,6 +970,9 @@ def peak_memory():
 
 
 # === Command line =====================================================================================================
+NAME = Path(__file__).stem
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError, and no flag may be abbreviated."""
     def __init__(self, *args, **kwargs):
@@ -981,49 +991,40 @@ def positive(text):
 
 def parse(argv):
     """The command line. Every field of the Config is a flag of `train`; its help is the comment behind the field."""
-    parser = Parser(prog="pixelcnn.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=f"{NAME}.py", description=__doc__.split("\n\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    train = verbs.add_parser("train", help="train, then sample and evaluate")
+    train = verbs.add_parser("train", help="train, then reconstruct, evaluate and sample")
     train.add_argument("--preset", choices=PRESETS, help="where the fields not given come from (default: demo)")
-    train.add_argument("--out", help="run folder to make (default: runs/pixelcnn_PRESET)")
+    train.add_argument("--out", help=f"run folder to make (default: runs/{NAME}_PRESET)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
     for field in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
-                           help=comments[field.name].replace("%", "%%"), **kind)
-    for name, (_, text) in VERBS.items():
+                           help=comments[field.name].replace("%", "%%"), **kinds.get(field.type, {"type": field.type}))
+    for name, (_, text, flags) in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("run", help="run folder")
-        if name in ("complete", "reconstruct"):
-            verb.add_argument("photos", nargs="*", help="image files (none: the first test images)")
-        if name in ("complete", "reconstruct", "evaluate"):
-            verb.add_argument("--data-dir", help="where mnist and cifar10 are (default: where training found them)")
-        if name != "evaluate":
-            verb.add_argument("--out", help="PNG to write (default: in the run folder)")
-        if name in ("sample", "complete", "interpolate"):
-            verb.add_argument("--labels", nargs="+", help="classes by number or name, repeated in turn (default: all)")
-            verb.add_argument("--num", type=positive, help="images to draw, for complete: of each image")
-            verb.add_argument("--temperature", type=float, help="divides the logits (default: the run's)")
-            verb.add_argument("--seed", type=int, default=0, help="of the generator that draws")
+        for flag in flags.split():
+            verb.add_argument(flag, **FLAGS[flag])
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Runs a command line; a UserError ends it with one line on stderr and exit code 2. No arguments: the demo."""
     try:
-        argv, demo = sys.argv[1:] if argv is None else list(argv), Path("runs/pixelcnn_demo")
+        argv, demo = sys.argv[1:] if argv is None else list(argv), Path(f"runs/{NAME}_demo")
         args = parse(argv or ["train", "--resume" if (demo / "checkpoint.pt").exists() else "--out", str(demo)])
         if args.verb == "train":
             train_command(args)
         else:
-            VERBS[args.verb][0](args, *load_run(args.run))
+            VERBS[args.verb][0](args, *load(args))
     except (UserError, KeyboardInterrupt, OSError) as error:
         print(f"error: {str(error) or 'interrupted; what was written before is kept'}", file=sys.stderr)
         sys.exit(2)
 
 
 def train_command(args):
+    """Train both stages in a new run folder, or go on in one, and show what came of it."""
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     preset = args.preset or "demo"
     if args.resume:
@@ -1031,7 +1032,8 @@ def train_command(args):
             raise UserError("--resume RUN goes on with RUN's own settings in RUN: leave --preset and --out away")
         run = Run(args.resume)
         with explain(f"cannot read {run.folder}/config.json", "it must be what training wrote"):
-            asked, saved = json.loads((run.folder / "config.json").read_text()) | fields, run.state["config"]
+            asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
+        saved = run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
                  if saved.get(name) != value and name not in ("data", "data_dir")]     # they may have moved
         if wrong:
@@ -1040,10 +1042,8 @@ def train_command(args):
         run.state["config"] = dataclasses.asdict(run.config)
     config = run.config if args.resume else dataclasses.replace(PRESETS[preset], **fields)
     check(config)
-    if config.map_channels:
-        raise UserError("no data set has maps: use --map-channels 0, or train in Python with Prior.loss's spatial")
     data = load_data(config)
-    run = run if args.resume else Run(args.out or f"runs/pixelcnn_{preset}", config, data.classes)
+    run = run if args.resume else Run(args.out or f"runs/{NAME}_{preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))
     if run.is_main:
         run.plot()
@@ -1076,8 +1076,14 @@ def read_photos(args, run):
 
 
 def load_test(args, run):
+    """Test images (N, 3, H, W) in [-1, 1] of the run's data, and their labels."""
     images, labels = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)).test
     return images / 127.5 - 1, labels
+
+
+def load(args):
+    """What a verb works on -> run, tokenizer, prior."""
+    return load_run(args.run)
 
 
 def draw(args, run, tokenizer, prior, labels, known=None):
@@ -1092,8 +1098,9 @@ def draw(args, run, tokenizer, prior, labels, known=None):
 
 
 def show(args, run, images, name, columns, following):
+    """Write a grid of images to --out, or to RUN/name; the last line of a command: that path, and what to try next."""
     save_grid(images, out := args.out or run.folder / name, columns)
-    print(f"{out}   next: python pixelcnn.py {following} {args.run}")
+    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
 
 
 def sample_command(args, run, tokenizer, prior):
@@ -1165,14 +1172,27 @@ def evaluate_command(args, run, tokenizer, prior):
     if V == 2:
         print("protocol: dynamic binarisation, test bits from seed 0; the paper's 81.30 (PixelCNN) is on a static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
-    print(f"{run.folder / 'report.json'}   next: python pixelcnn.py sample {args.run}")
+    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {args.run}")
 
 
-VERBS = {"sample": (sample_command, "draw images"),
-         "complete": (complete_command, "hide the lower half of images and draw it anew"),
-         "interpolate": (interpolate_command, "draw images between two classes"),
-         "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR"),
-         "evaluate": (evaluate_command, "likelihood, speed, size: writes RUN/report.json")}
+FLAGS = {
+    "run": dict(help="run folder"),
+    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
+    "--out": dict(help="PNG to write (default: in the run folder)"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
+    "--num": dict(type=positive, help="images to draw, for complete: of each image"),
+    "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
+    "--seed": dict(type=int, default=0, help="of the generator that draws")}
+VERBS = {   # name: (function, help, flags)
+    "sample": (sample_command, "draw images", "run --out --labels --num --temperature --seed"),
+    "complete": (complete_command, "hide the lower half of images and draw it anew",
+                 "run photos --data-dir --out --labels --num --temperature --seed"),
+    "interpolate": (interpolate_command, "draw images between two classes",
+                    "run --out --labels --num --temperature --seed"),
+    "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
+                    "run photos --data-dir --out"),
+    "evaluate": (evaluate_command, "likelihood, speed, size: writes RUN/report.json", "run --data-dir")}
 
 if __name__ == "__main__":
     main()

@@ -68,7 +68,6 @@ TINY = ["--num-classes", "2", "--image-size", "8", "--layers", "1", "--width", "
     (["train", "--seed", "-1"], ["seed -1"]),
     (["train", "--train-steps-tokenizer", "3"], ["train_steps_tokenizer", "nothing to learn"]),
     (["train", "--levels", "1"], ["levels", "2 to 256"]),
-    (["train", "--map-channels", "2"], ["map", "--map-channels 0"]),
     (["train", "--likelihood", "normal"], ["normal", "softmax or logistic"]),
     (["train", "--model", "rnn"], ["rnn", "gated or pixelcnn"]),
     (["train", "--model", "pixelcnn"], ["condition", "--num-classes 0"]),

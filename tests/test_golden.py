@@ -4,8 +4,11 @@ Every <file>_<part>_<anything>.json in tests/golden/, or in the folder named by 
 <file>_<part>. A check builds the model from the sizes in the file, never from sizes of its own, and returns everything it can
 compute; a recorded output that it does not return fails, unless LEFT_OUT gives the reason.
 """
+import contextlib
+import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ sys.path.insert(0, str(HERE / "golden"))
 from golden import check, fill, make_input  # noqa: E402
 
 import pixelcnn  # noqa: E402
+import vqgan_gpt  # noqa: E402
 
 FILES = sorted(path for path in Path(os.environ.get("GOLDEN_DIR", HERE / "golden")).glob("*_*_*.json"))
 
@@ -26,6 +30,11 @@ LEFT_OUT = {   # part: {recorded output: why no check computes it}
     "pixelcnn_binary": dict.fromkeys(
         ("logits", "nll_nats"), "EugenHotaj's network adds each block's input twice (x + (x + f(x))): a mistake of that "
         "repository, not the paper's network; single_residual/* are the same numbers with the paper's single skip"),
+    "vqgan_gpt_transformer": dict.fromkeys(
+        (f"permuter/{name}" for name in ("Subsample", "ZCurve", "SpiralOut", "SpiralIn", "Random", "AlternateParsing")),
+        "the file holds the raster order alone, which all releases use"),
+    "vqgan_gpt_sliding": dict.fromkeys(
+        ("scene/16", "scene/24", "scene/32", "scene/45"), "windows of the scene models (bounding boxes), which the file does not hold"),
 }
 CHECKS = {}    # part: function(golden file as a dict, inputs) -> {output name: array}
 
@@ -127,6 +136,241 @@ def pixelcnn_logistic(golden, inputs):
     out["grey/nll_total"] = pixelcnn.logistic_nll(inputs["l_grey"], grey).sum().reshape(1)
     out["grey/sample"] = pixelcnn.logistic_draw(inputs["l_grey"], u, v[..., :1])[0]
     return out
+
+
+@contextlib.contextmanager
+def recorded(net, names, prefix=""):
+    """-> dict that fills with the outputs of net's modules of these names; other names belong to no module."""
+    out, modules = {}, dict(net.named_modules())
+    keep = lambda name: lambda module, args, result: out.__setitem__(prefix + name, result)
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in names if name in modules]
+    yield out
+    for hook in hooks:
+        hook.remove()
+
+
+def grads(net, loss, prefix, names):
+    """{prefix + name: gradient of 1000 * loss} of the parameters among names."""
+    net.zero_grad()
+    (1000 * loss).backward(retain_graph=True)
+    return {prefix + name: p.grad.clone() for name, p in net.named_parameters() if prefix + name in names}
+
+
+@checks("vqgan_gpt_tokenizer")
+def vqgan_gpt_tokenizer(golden, inputs):
+    wanted = golden["outputs"]
+    net = vqgan_gpt.from_official(params_of(golden), golden["config"])
+    with recorded(net, wanted) as out:
+        z = net.latents(inputs["image"])
+        z_q, indices, loss = net.quantize(z)
+        rec = net.decoder(net.post_quant_conv(z_q))
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+    out |= {"indices": indices.flatten(), "quant": z_q, "qloss": loss, "rec": rec, "codes_used": torch.tensor(float(len(indices.unique()))),
+            "dist_min": (flat - net.quantize.embedding.weight[indices.flatten()]).square().sum(1)}
+    assert torch.equal(net.encode(inputs["image"]), indices)
+    torch.testing.assert_close(net(inputs["image"])[0], rec)
+    # the other weighting of the same two terms
+    fixed = vqgan_gpt.from_official(params_of(golden), golden["config"] | {"legacy": False})
+    for model, key in ((net, ""), (fixed, "_fixed")):
+        again, found = model(inputs["image"])
+        total = (again * inputs["probe"]).mean() + found["codebook_loss"]
+        out |= {"qloss" + key: found["codebook_loss"], "train/loss": total} | grads(model, total, f"train/grad{key}/", wanted)
+        model.zero_grad()
+        h = model.latents(inputs["image"]).detach().requires_grad_()
+        (1000 * model.quantize(h)[2]).backward()
+        out |= {f"train/grad_vq{key}/h": h.grad, f"train/grad_vq{key}/quantize.embedding.weight": model.quantize.embedding.weight.grad}
+    again, found = net(inputs["wide"])
+    out |= {"wide/indices": net.encode(inputs["wide"]).flatten(), "wide/qloss": found["codebook_loss"], "wide/rec": again}
+    side = golden["config"]["ddconfig"]["resolution"] // net.f
+    codes = inputs["codes"].view(len(inputs["codes"]), side, -1)
+    out |= {"codes/quant": net.quantize.lookup(codes), "codes/rec": net.decode(codes)}
+    for name in (name for name in wanted if name.startswith("tiny/")):
+        out[name] = net.get_submodule(name[5:])(0.001 * inputs["tiny"])
+    return out
+
+
+@checks("vqgan_gpt_gumbel")
+def vqgan_gpt_gumbel(golden, inputs):
+    c, s = golden["config"], golden["config"]["temperature_schedule"]
+    net = vqgan_gpt.GumbelQuantizer(c["n_embed"], c["embedding_dim"], c["num_hiddens"], c["kl_weight"], c["straight_through"])
+    net.load_state_dict({name.removeprefix("quantize."): value for name, value in params_of(golden).items()})
+    h, out = inputs["h"], {}
+    out |= {"logits": net.proj(h), "indices_clean": net.indices(h), "diff": 1000 * net(h)[2]}
+    side = h.shape[2]
+    out["codes/z_q"] = net.lookup(inputs["codes"].view(len(h), side, -1))
+    for name in golden["outputs"]:
+        if match := re.search(r"tau([\d.]+)(/z_q)?$", name):
+            net.temperature = float(match[1])
+            net.straight_through = not name.startswith("soft")
+            out[name] = net(h, noise=inputs["gumbel"])[0]
+            out[name.replace("z_q", "indices")] = net(h, noise=inputs["gumbel"])[1] if match[2] else None
+    order = s["warm_up_steps"], s["max_decay_steps"], s["lr_start"], s["lr_max"], s["lr_min"]
+    out["schedule"] = torch.tensor([vqgan_gpt.warmup_cosine(n, *order) for n in range(0, 1_100_001, 100_000)])
+    out["warm/schedule"] = torch.tensor([vqgan_gpt.warmup_cosine(n, 10, 50, 0.1, 1.0, 0.01) for n in range(60)])
+    return out
+
+
+@checks("vqgan_gpt_discriminator")
+def vqgan_gpt_discriminator(golden, inputs):
+    c, out = golden["config"], {}
+    sizes = c["input_nc"], c["ndf"]
+    net = vqgan_gpt.NLayerDiscriminator(*sizes, c["n_layers"])
+    missing, unexpected = net.load_state_dict(params_of(golden), strict=False)
+    assert not unexpected and set(missing) <= set(golden["buffers"])
+    with recorded(net.eval(), [name.removeprefix("eval/") for name in golden["outputs"]], "eval/") as seen:
+        out["eval/logits"] = net(inputs["image"])
+    out |= seen
+    net.train()
+    out |= {"train/logits": net(inputs["image"]), "train/logits2": net(inputs["image2"])}
+    out |= {f"train/{name}": value for name, value in net.named_buffers()}
+    short = vqgan_gpt.NLayerDiscriminator(*sizes, c["n_layers"] - 1).eval()
+    short.load_state_dict(params_of(golden, "params_short"), strict=False)
+    out["short/logits"] = short(inputs["image"])
+    act = vqgan_gpt.NLayerDiscriminator(*sizes, c["n_layers"], actnorm=True).eval()
+    act.load_state_dict(params_of(golden, "params_actnorm"), strict=False)
+    out["actnorm/eval_logits"] = act(inputs["image"])
+    act.train()
+    out |= {"actnorm/logits": act(inputs["image"]), "actnorm/second_logits": act(inputs["image2"])}
+    out |= {"actnorm/main.3.loc": act.main[3].loc, "actnorm/main.3.scale": act.main[3].scale}
+    real, fake = inputs["logits_real"], inputs["logits_fake"]
+    out |= {f"loss/{gan}_d": vqgan_gpt.discriminator_loss(gan, real, fake) for gan in ("hinge", "vanilla")}
+    losses = vqgan_gpt.VQLPIPSWithDiscriminator(vqgan_gpt.Config(disc_start=100))
+    losses.discriminator = torch.nn.Identity()
+    flat, weight = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    images, again = torch.zeros_like(fake), fake + 0 * weight
+    on = ["g_loss" in losses.generator(images, again, flat.sum(), weight, step)[1] for step in (99, 100, 101)]
+    return out | {"loss/g": losses.generator(images, again, flat.sum(), weight, 100)[1]["g_loss"], "adopt_weight": torch.tensor(on).float()}
+
+
+@checks("vqgan_gpt_lpips")
+def vqgan_gpt_lpips(golden, inputs):
+    net, prefix = vqgan_gpt.LPIPS(), "loss.perceptual_loss."
+    missing, unexpected = net.load_state_dict({name.removeprefix(prefix): p for name, p in params_of(golden).items()}, strict=False)
+    assert not unexpected and set(missing) == {name.removeprefix(prefix) for name in golden["buffers"]}
+    for name, value in golden["buffers"].items():
+        assert net.get_buffer(name.removeprefix(prefix)).flatten().tolist() == pytest.approx(value)
+    a, b = inputs["image"], inputs["image2"].requires_grad_()
+    out = {"scaled": (a - net.scaling_layer.shift) / net.scaling_layer.scale, "value": 1000 * net(a, b), "same": net(a, a),
+           "tiny_norm": net.unit(3e-10 * inputs["tiny"])}
+    for k, (x, y) in enumerate(zip(net.features(a), net.features(b))):
+        diff = (net.unit(x) - net.unit(y)).square()
+        out |= {f"relu{k}": x, f"norm{k}": net.unit(x), f"diff{k}": 1000 * diff,
+                f"res{k}": 1e5 * getattr(net, f"lin{k}").model(diff).mean((2, 3), keepdim=True)}
+    (1e5 * net(a, b).mean()).backward()
+    return out | {"grad": b.grad}
+
+
+@checks("vqgan_gpt_loss")
+def vqgan_gpt_loss(golden, inputs):
+    c, params, out = golden["config"], params_of(golden), {}
+    image, quant_loss = inputs["image"], torch.tensor(c["codebook_loss"])
+
+    def setting(gan="hinge", perceptual=None):
+        """Fresh losses (and running statistics), last layer and reconstruction."""
+        config = vqgan_gpt.Config(gan=gan, disc_start=c["disc_start"], disc_weight=c["disc_weight"], disc_layers=c["disc_num_layers"],
+                                  disc_width=c["disc_ndf"], lpips="given", codebook_weight=c["codebook_weight"],
+                                  perceptual_weight=c["perceptual_weight"] if perceptual is None else perceptual)
+        losses = vqgan_gpt.VQLPIPSWithDiscriminator(config)
+        _, unexpected = losses.load_state_dict({name[5:]: p for name, p in params.items() if name.startswith("loss.")}, strict=False)
+        assert not unexpected
+        weight, bias = (params[f"decoder.conv_out.{name}"].clone().requires_grad_() for name in ("weight", "bias"))
+        return losses, weight, torch.tanh(F.conv2d(inputs["features"], weight, bias, padding=1))
+    for gan in ("hinge", "vanilla"):
+        for name, step in (("on", c["disc_start"]), ("off", c["disc_start"] - 1)):
+            losses, weight, rec = setting(gan)
+            total, m = losses.generator(image, rec, quant_loss, weight, step)
+            g = -losses.discriminator(rec).mean()
+            # before disc_start our loop computes no weight: the same function, asked directly
+            d_weight = m.get("d_weight", vqgan_gpt.adaptive_weight(m["nll"], g, weight) * c["disc_weight"])
+            out |= {f"{gan}/{name}/g/{key}": value for key, value in dict(
+                total_loss=total, quant_loss=m["codebook_loss"], nll_loss=m["nll"], rec_loss=m["nll"], d_weight=d_weight, g_loss=m.get("g_loss"),
+                p_loss=losses.perceptual_loss(image, rec).mean(), disc_factor=torch.tensor(float("g_loss" in m)),
+                grad=1000 * torch.autograd.grad(total, weight)[0]).items()}
+            losses, _, rec = setting(gan)
+            loss, m = losses.discriminate(image, rec)
+            factor = float(step >= c["disc_start"])             # in our loop the discriminator's step is left out: factor 0
+            out |= {f"{gan}/{name}/d/{key}": value for key, value in dict(disc_loss=factor * loss, **m).items()}
+            out |= grads(losses.discriminator, loss, f"{gan}/{name}/d/grad/", golden["outputs"])
+    losses, weight, rec = setting()
+    nll, g = losses.generator(image, rec, quant_loss, weight, 0)[1]["nll"], -losses.discriminator(rec).mean()
+    out["delta/d_weight"] = c["disc_weight"] * vqgan_gpt.adaptive_weight(nll, 1e-6 * g, weight)
+    out["clamp/d_weight"] = c["disc_weight"] * vqgan_gpt.adaptive_weight(1000 * nll, 1e-6 * g, weight)
+    with torch.no_grad():
+        total, m = setting()[0].generator(image, rec, quant_loss, weight, c["disc_start"])
+        out |= {"nograd/d_weight": m["d_weight"], "nograd/total_loss": total}
+    losses, weight, rec = setting(perceptual=0.0)
+    total, m = losses.generator(image, rec, quant_loss, weight, c["disc_start"])
+    return out | {"no_perceptual/nll_loss": m["nll"], "no_perceptual/d_weight": m["d_weight"], "no_perceptual/total_loss": total}
+
+
+def net2net_config(c):
+    """The constructor arguments of a golden file's Net2NetTransformer, nested as in the release's yaml."""
+    return {"transformer_config": {"params": c["transformer"]}, "first_stage_config": {"params": c["first_stage"]},
+            "cond_stage_config": c["cond_stage"]}
+
+
+@checks("vqgan_gpt_transformer")
+def vqgan_gpt_transformer(golden, inputs):
+    c, wanted = golden["config"], golden["outputs"]
+    net = vqgan_gpt.from_official(params_of(golden), net2net_config(c))
+    gpt, tokenizer = net.transformer, net.first_stage_model
+    with recorded(gpt, [name.removeprefix("gpt/") for name in wanted], "gpt/") as out:
+        logits = gpt(inputs["idx"])
+    loss = F.cross_entropy(logits.flatten(0, 1), inputs["target"].flatten())
+    out |= {"gpt/logits": logits, "gpt/loss": loss} | grads(gpt, loss, "gpt/grad/", wanted)
+    gpt.n_unmasked = c["n_unmasked"]
+    out["gpt/unmasked"] = gpt(inputs["idx"])
+    gpt.n_unmasked = 0
+    out["gpt/embeddings"] = gpt(inputs["idx"][:, :20], embeddings=inputs["emb"])
+    label, z = inputs["label"], tokenizer.encode(inputs["image"]).flatten(1)
+    out |= {"class/z": z, "class/c": net.condition(label, len(z)), "class/logits": net(z, label), "class/loss": net.loss(z, label)[0]}
+    noisy = torch.where(inputs["pkeep_mask"] > 0, z, inputs["pkeep_random"])
+    out |= {"pkeep/logits": net(noisy, label), "pkeep/loss": net.loss(z, label, noisy)[0]}
+    classes, net.num_classes = net.num_classes, 0
+    out |= {"uncond/c": net.condition(label, len(z)), "uncond/logits": net(z)}
+    net.num_classes = classes
+    stage, side = vqgan_gpt.CoordStage(c["coord"]["n_embed"], c["coord"]["down_factor"]), inputs["image"].shape[2]
+    coord = stage.encode(41, 59, 6, 13, (side, side))[None]
+    out |= {"coord/c": coord.flatten(1), "coord/logits": net(z, coord.expand(len(z), -1, -1)), "coord/decode": stage.decode(coord)}
+    depth = tokenizer.encode(inputs["image2"])
+    out |= {"depth/c": depth.flatten(1), "depth/logits": net(z, depth), "depth/loss": net.loss(z, depth)[0]}
+    for name, known in (("argmax", None), ("half", z[:, :z.shape[1] // 2])):
+        trace = []
+        image = vqgan_gpt.sample(tokenizer, net, label, known=known, top_k=1, trace=trace)
+        out |= {f"sample/{name}": trace[-1]["tokens"].flatten(1)} | ({"sample/img": tokenizer.decode(trace[-1]["tokens"])} if known is None else {})
+        assert torch.equal(image, tokenizer.decode(trace[-1]["tokens"]).clamp(-1, 1))
+        if known is None:
+            out |= {"cached/argmax": trace[-1]["tokens"].flatten(1)}
+            out |= {f"cached/logits_step{k}": trace[k]["logits"][:, None] for k in range(3)}
+    x = 3 * inputs["sampler_logits"]
+    for name in wanted:
+        if match := re.fullmatch(r"filter/topk_topp_(\d+)_([\d.]+)", name):
+            out[name] = vqgan_gpt.filter_logits(x, int(match[1]), float(match[2])).softmax(-1)
+    out["filter/topk"] = vqgan_gpt.filter_logits(x, 10).softmax(-1)
+    names = {id(p): "transformer." + name for name, p in gpt.named_parameters()}
+    groups = [{"weight_decay": g["weight_decay"], "params": sorted(names[id(p)] for p in g["params"])} for g in vqgan_gpt.parameter_groups(net)]
+    assert groups == [{"weight_decay": g["weight_decay"], "params": sorted(g["params"])} for g in golden["optimizer"]["groups"]]
+    return out
+
+
+@checks("vqgan_gpt_sliding")
+def vqgan_gpt_sliding(golden, inputs):
+    c, s, out = golden["config"], golden["config"]["window"], {}
+    for H, W in c["grids"]:
+        start = torch.tensor([[vqgan_gpt.window_start(i, H, s), vqgan_gpt.window_start(j, W, s)] for i in range(H) for j in range(W)])
+        place = torch.cartesian_prod(torch.arange(H), torch.arange(W)) - start
+        out |= {f"{H}x{W}/{name}": value for name, value in zip(("row_start", "col_start", "local_row", "local_col"), (*start.T, *place.T))}
+    config = vqgan_gpt.Config(image_size=s, ch_mult=(1,), codebook_size=c["transformer"]["vocab_size"], layers=c["transformer"]["n_layer"],
+                              heads=c["transformer"]["n_head"], width=c["transformer"]["n_embd"], block_size=c["transformer"]["block_size"],
+                              condition="edges", num_classes=0)
+    tokenizer, prior, (h, w) = vqgan_gpt.build_tokenizer(config), vqgan_gpt.build_prior(config).eval(), c["grid"]
+    prior.transformer.load_state_dict({name.removeprefix("transformer."): p for name, p in params_of(golden).items()})
+    noise, trace = iter(inputs["noise"]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqgan_gpt, "draw", lambda logits, *_: (logits + 2 * next(noise)).argmax(-1, keepdim=True))
+        vqgan_gpt.sample(tokenizer, prior, inputs["cond"].view(1, h, w), size=(h, w), trace=trace)
+    logits = torch.cat([step["logits"] for step in trace])
+    return out | {"steered/tokens": trace[-1]["tokens"], "steered/logits": logits, "steered/logits_last_row": logits[-w:]}
 
 
 def read(path):

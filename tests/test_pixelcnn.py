@@ -146,9 +146,9 @@ def test_token_order_is_raster_then_colours():
 
 def test_spatial_map_reaches_every_position_through_unmasked_1x1s():
     """The map at a pixel reaches the logits there and below, in every colour, without a class vector. Planted: masked V."""
-    config = Config(image_size=5, levels=3, layers=2, width=6, head=6, num_classes=0, map_channels=2)
+    config = Config(image_size=5, levels=3, layers=2, width=6, head=6, num_classes=0)
     torch.manual_seed(0)
-    prior, tokens = build_prior(config), torch.randint(3, (1, 75))
+    prior, tokens = pixelcnn.Prior(config, map_channels=2), torch.randint(3, (1, 75))
     spatial = torch.randn(1, 2, 5, 5, requires_grad=True)
     logits = prior(tokens, None, spatial)
     logits[0, 3 * 12:3 * 13].sum().backward()                           # all colours of pixel (2, 2)
@@ -182,9 +182,9 @@ def test_fast_sampler_draws_what_the_plain_one_draws(condition, known):
     """The same pixels for the same generator, in float64, with and without given tokens. Planted: as test_models says."""
     config = Config(image_size=5, levels=3, layers=3, width=6, head=12, model="pixelcnn" if condition == "plain" else "gated",
                     likelihood="logistic" if condition == "logistic" else "softmax",
-                    num_classes=4 if condition == "class" else 0, map_channels=2 if condition == "map" else 0)
+                    num_classes=4 if condition == "class" else 0)
     torch.manual_seed(0)
-    tokenizer, prior = build_tokenizer(config), build_prior(config).double()
+    tokenizer, prior = build_tokenizer(config), pixelcnn.Prior(config, 2 if condition == "map" else 0).double()
     for p in prior.parameters():
         p.data *= 2
     arguments = dict(labels=torch.tensor([0, 3, 1]) % (config.num_classes + 1), known=torch.randint(3, (3, known)) if known else None,
@@ -213,8 +213,8 @@ def test_logistic_draws_repeat_through_the_fast_sampler():
 def test_shapes_and_dtypes_are_those_of_the_docstrings(tmp_path):
     """Every public call whose docstring gives a shape. Planted: psnr averaged over the batch."""
     B, S, p, M, K = 2, 5, 6, 2, 3
-    config = Config(image_size=S, levels=3, layers=2, width=p, head=12, num_classes=4, map_channels=M, train_images=9, test_images=3)
-    prior, image, spatial = build_prior(config), torch.zeros(B, 3, S, S), torch.zeros(B, M, S, S)
+    config = Config(image_size=S, levels=3, layers=2, width=p, head=12, num_classes=4, train_images=9, test_images=3)
+    prior, image, spatial = pixelcnn.Prior(config, M), torch.zeros(B, 3, S, S), torch.zeros(B, M, S, S)
     classes, layer = torch.eye(4)[:B], prior.net.layers[1]
     maps = torch.zeros(B, p, S, S)
     assert [tuple(a.shape) for a in layer(maps, maps)] == [(B, p, S, S)] * 2
