@@ -28,7 +28,7 @@ Glossary
 Run
     python vqgan_gpt.py                                             the demo: nine shapes by class, minutes on two cores
     python vqgan_gpt.py train --preset cifar10 --data FOLDER_OR_ZIP --out RUN
-    python vqgan_gpt.py sample RUN --labels cat dog --top-k 100     (also: complete, paint, reconstruct, evaluate; --help)
+    python vqgan_gpt.py sample RUN --labels cat dog --top-k 100     (also: complete, paint, reconstruct, evaluate)
     python vqgan_gpt.py reconstruct --official vqgan_imagenet_f16_16384.ckpt photo.jpg
 
 Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
@@ -81,25 +81,26 @@ class Config:
     crop: int = 0                   # both stages see one random crop of this side of each image (0: whole images)
     num_classes: int = 9            # classes the GPT is told (0: a start token only)
     # tokenizer
-    ch: int = 32                    # width of the first level, a multiple of 32 (GroupNorm has 32 groups)
+    ch: int = 32                    # width of the first level, a multiple of the groups
+    groups: int = 8                 # groups of GroupNorm (release: 32, four channels each at its width of 128)
     ch_mult: tuple = (1, 1, 2)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
     attn_resolutions: tuple = ()    # sides, computed from the trained image size, at which a level has attention
     z_channels: int = 64            # channels between encoder and quantizer, and quantizer and decoder
-    code_dim: int = 32              # E, width of a code
-    codebook_size: int = 128        # V, codes
+    code_dim: int = 8               # E, width of a code
+    codebook_size: int = 256        # V, codes
     quantizer: str = "vq"           # vq (nearest code), or gumbel (a softmax over the codes, relaxed in training)
     beta: float = 0.25              # weight of one half of the codebook loss: see legacy
     legacy: bool = True             # QUIRK of the release: beta on the codebook term; --no-legacy: on the commitment
-    codebook_ema: float = 0.0       # decay of a codebook of running means of its latents (0: trained by gradient)
+    codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     kl_weight: float = 5e-4         # gumbel: weight of the KL divergence from uniform use of the codes
     # losses of the tokenizer
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
     perceptual_weight: float = 1.0  # weight of LPIPS beside L1
-    codebook_weight: float = 1.0    # weight of the codebook loss
+    codebook_weight: float = 0.1    # weight of the codebook loss (release: 1)
     gan: str = "hinge"              # loss of the discriminator: hinge or vanilla
-    disc_start: int = 250           # first step of the GAN; before it the discriminator does not learn
+    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn
     disc_weight: float = 0.8        # the GAN's share after the adaptive weight (0: no GAN)
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
@@ -115,16 +116,16 @@ class Config:
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     # training
     seed: int = 0                   # a step is a function of (seed, step)
-    batch_size: int = 32            # images per step of the tokenizer, over all processes
+    batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 64      # images per step of the GPT, over all processes
-    train_steps_tokenizer: int = 400  # steps of the tokenizer
+    train_steps_tokenizer: int = 800  # steps of the tokenizer
     train_steps_prior: int = 600    # steps of the GPT
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4.5e-6 times batch size)
     lr_prior: float = 1e-3          # learning rate of the GPT (release: 4.5e-6 times batch size)
     warmup: int = 30                # steps of warm-up; then a cosine to zero (0: constant, as the release)
     clip: float = 1.0               # gradients of the GPT are scaled down to this norm (0: never, as the release)
     log_every: int = 10             # steps between two rows of metrics.jsonl
-    save_every: int = 200           # steps between two checkpoints
+    save_every: int = 100           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
     top_k: int = 0                  # only the k likeliest codes are drawn (0: all)
     top_p: float = 1.0              # only the likeliest codes that together reach probability p are drawn
@@ -145,23 +146,24 @@ class Config:
         return self.crop or self.image_size
 
 
-# What the release trained, by its configs: f = 16, 256 x 256. Constant learning rates, no clipping, beta on the codebook
-release = dict(image_size=256, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), z_channels=256,
-               code_dim=256, codebook_size=1024, restart=0, lpips="download", disc_layers=3, disc_width=64, warmup=0,
-               clip=0, label_dropout=0.0, top_k=250, save_every=2000, log_every=50)
+# What the release trained, by its configs: f = 16, 256 x 256, constant learning rates, no clipping, no dropped labels
+RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,),
+               z_channels=256, code_dim=256, codebook_size=1024, codebook_ema=0.0, restart=0, codebook_weight=1.0,
+               lpips="download", disc_layers=3, disc_width=64, warmup=0, clip=0.0, label_dropout=0.0, top_k=250,
+               save_every=2000, log_every=50)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", num_classes=10, save_every=500),
-    "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), z_channels=128, code_dim=64, codebook_size=512,
-                      disc_start=1400, train_steps_tokenizer=2000, layers=6, heads=6, width=192, dropout=0.1,
-                      train_steps_prior=4000, lr_tokenizer=6e-4, top_k=200, save_every=100, log_every=10),
+    "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), z_channels=128, codebook_size=512,
+                      codebook_ema=0.98, codebook_weight=0.2, disc_start=2400, train_steps_tokenizer=3600,
+                      lr_tokenizer=8e-4, layers=6, heads=6, width=192, dropout=0.1, train_steps_prior=1800, top_k=200),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
-    "imagenet256": Config(**release | dict(data="imagenet256", num_classes=1000, codebook_size=16384, disc_start=0,
+    "imagenet256": Config(**RELEASE | dict(data="imagenet256", num_classes=1000, codebook_size=16384, disc_start=0,
                           disc_weight=0.75, disc_layers=2, layers=48, heads=24, width=1536, block_size=256, top_k=600,
                           top_p=0.92, batch_size=96, batch_size_prior=256, lr_tokenizer=96 * 4.5e-6,
                           lr_prior=256 * 4.5e-6, train_steps_tokenizer=500_000, train_steps_prior=500_000)),
     # FacesHQ: coordinates tell the GPT where its crop lies (with crop = 0, as committed, they never change)
-    "faces256": Config(**release | dict(data="faces256", num_classes=0, condition="coordinates", disc_start=30001,
+    "faces256": Config(**RELEASE | dict(data="faces256", num_classes=0, condition="coordinates", disc_start=30001,
                        layers=24, heads=16, width=1024, block_size=512, batch_size=24, batch_size_prior=32,
                        lr_tokenizer=24 * 4.5e-6, lr_prior=32 * 4.5e-6, train_steps_tokenizer=500_000,
                        train_steps_prior=500_000)),
@@ -169,9 +171,13 @@ PRESETS = {
 
 
 # === Tokenizer: images <-> codes ======================================================================================
-def norm(width):
-    """GroupNorm of 32 groups, eps 1e-6 as the release (torch's default is 1e-5)."""
-    return nn.GroupNorm(32, width, eps=1e-6)
+def norm(width, groups):
+    """GroupNorm, eps 1e-6 as the release (torch's default is 1e-5).
+
+    The release's 32 groups have 4 channels and more. With one channel a group it would be an instance norm, which takes
+    the mean of every channel away, and with it the colours of an image: narrow nets need fewer groups.
+    """
+    return nn.GroupNorm(groups, width, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -179,11 +185,11 @@ class ResnetBlock(nn.Module):
 
     (B, C_in, H, W) -> (B, C_out, H, W).   Source: taming/modules/diffusionmodules/model.py (without time and dropout).
     """
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels, out_channels, groups=32):
         super().__init__()
-        self.norm1 = norm(in_channels)
+        self.norm1 = norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = norm(out_channels)
+        self.norm2 = norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -195,10 +201,10 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + attention of every position to all, one head of the full width.  (B, C, H, W) -> (B, C, H, W).   Source: as above."""
-    def __init__(self, width):
+    """x + attention of every position to all, one head as wide as x.  (B, C, H, W) -> (B, C, H, W)."""
+    def __init__(self, width, groups=32):
         super().__init__()
-        self.norm = norm(width)
+        self.norm = norm(width, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
@@ -230,10 +236,10 @@ class Upsample(nn.Module):
 
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention where the level has it, then the change of size."""
-    def __init__(self, in_channels, width, blocks, attention, **resample):
+    def __init__(self, in_channels, width, blocks, attention, groups, **resample):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(width if i else in_channels, width) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(width) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResnetBlock(width if i else in_channels, width, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(width, groups) for _ in range(blocks if attention else 0))
         for name, module in resample.items():                                   # downsample=, upsample=: a part of keys
             self.add_module(name, module)
         self.resample = list(resample)
@@ -248,10 +254,10 @@ class Level(nn.Module):
         return x
 
 
-def middle(width):
+def middle(width, groups):
     """Block, attention, block at the lowest resolution: the only place where far parts of the image meet."""
-    return nn.Sequential(OrderedDict(block_1=ResnetBlock(width, width), attn_1=AttnBlock(width),
-                                     block_2=ResnetBlock(width, width)))
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(width, width, groups), attn_1=AttnBlock(width, groups),
+                                     block_2=ResnetBlock(width, width, groups)))
 
 
 class Encoder(nn.Module):
@@ -259,14 +265,16 @@ class Encoder(nn.Module):
 
     resolution decides which levels have attention, once: at another size of input they keep it. Source: as ResnetBlock.
     """
-    def __init__(self, channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels):
+    def __init__(self, channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels,
+                 groups=32):
         super().__init__()
         self.conv_in, self.down, width = nn.Conv2d(channels, ch, 3, padding=1), nn.ModuleList(), ch
         for i, mult in enumerate(ch_mult):
             resample = {"downsample": Downsample(ch * mult)} if i < len(ch_mult) - 1 else {}
-            self.down.append(Level(width, ch * mult, num_res_blocks, resolution >> i in attn_resolutions, **resample))
+            attention = resolution >> i in attn_resolutions
+            self.down.append(Level(width, ch * mult, num_res_blocks, attention, groups, **resample))
             width = ch * mult
-        self.mid, self.norm_out = middle(width), norm(width)
+        self.mid, self.norm_out = middle(width, groups), norm(width, groups)
         self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -278,16 +286,18 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, z_channels, h, w) -> images (B, C, f h, f w), not clamped: neither in the losses nor by a tanh."""
-    def __init__(self, channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels):
+    def __init__(self, channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels,
+                 groups=32):
         super().__init__()
         width = ch * ch_mult[-1]
-        self.conv_in, self.mid, levels = nn.Conv2d(z_channels, width, 3, padding=1), middle(width), []
+        self.conv_in, self.mid, levels = nn.Conv2d(z_channels, width, 3, padding=1), middle(width, groups), []
         for i, mult in reversed(list(enumerate(ch_mult))):
             resample = {"upsample": Upsample(ch * mult)} if i else {}
-            levels.append(Level(width, ch * mult, num_res_blocks + 1, resolution >> i in attn_resolutions, **resample))
+            attention = resolution >> i in attn_resolutions
+            levels.append(Level(width, ch * mult, num_res_blocks + 1, attention, groups, **resample))
             width = ch * mult
         self.up = nn.ModuleList(reversed(levels))                               # the release's keys: up.0 is the finest
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, channels, 3, padding=1)
+        self.norm_out, self.conv_out = norm(width, groups), nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid(self.conv_in(z))
@@ -336,15 +346,17 @@ class VectorQuantizer(nn.Module):
         return self.embedding(indices).permute(0, 3, 1, 2)
 
     def forward(self, z, generator=None):
-        """z (B, E, h, w) -> z_q of that shape, indices (B, h, w), loss. Straight-through: z takes the gradient of z_q."""
+        """z (B, E, h, w) -> z_q of that shape, indices (B, h, w), loss. Straight-through: z gets z_q's gradient."""
         z = z.to(self.embedding.weight.dtype)
         indices = self.indices(z)
         z_q = self.lookup(indices)
         commitment, codebook = F.mse_loss(z, z_q.detach()), F.mse_loss(z_q, z.detach())
         if self.decay:
             loss = self.beta * commitment
+        elif self.legacy:
+            loss = commitment + self.beta * codebook                            # QUIRK: the release's weights
         else:
-            loss = commitment + self.beta * codebook if self.legacy else codebook + self.beta * commitment  # QUIRK: legacy
+            loss = codebook + self.beta * commitment                            # the paper's (and VQ-VAE's) eq.
         if self.training and (self.decay or self.restart):
             self.update(z.detach().permute(0, 2, 3, 1).flatten(0, 2), indices.flatten(), generator)
         return z + (z_q - z).detach(), indices, loss
@@ -355,7 +367,8 @@ class VectorQuantizer(nn.Module):
         weight = self.embedding.weight
         count = torch.bincount(indices, minlength=len(weight)).to(z)
         total = torch.zeros_like(weight).index_add_(0, indices, z)
-        average(count, total)
+        for t in (count, total) if dist.is_initialized() else ():
+            dist.all_reduce(t)
         if self.decay:
             self.count.lerp_(count, 1 - self.decay)
             self.total.lerp_(total, 1 - self.decay)
@@ -374,7 +387,7 @@ class VectorQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """A softmax over the codes, relaxed by Gumbel noise in training (the f8 release).   Source: as above, GumbelQuantize.
+    """A softmax over the codes, relaxed by Gumbel noise in training (the f8 release).   Source: as above.
 
     QUIRK: the release draws noise in evaluation too; indices() takes the argmax of the logits, so tokens do not change.
     """
@@ -416,7 +429,7 @@ class VQGAN(nn.Module):
         check(config)
         self.config = c = config
         self.f, self.channels, self.codebook_size = c.f, channels, c.codebook_size
-        sizes = c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.resolution, c.z_channels
+        sizes = c.ch, c.ch_mult, c.num_res_blocks, c.attn_resolutions, c.resolution, c.z_channels, c.groups
         self.encoder, self.decoder = Encoder(channels, *sizes), Decoder(channels, *sizes)
         if c.quantizer == "gumbel":
             self.quantize = GumbelQuantizer(c.codebook_size, c.code_dim, c.z_channels, c.kl_weight)
@@ -447,7 +460,7 @@ class VQGAN(nn.Module):
 
 
 def use(indices, tokenizer):
-    """Share of the codebook that occurs in indices, and perplexity: the number of codes that, used evenly, say as much."""
+    """Share of the codebook that occurs in indices, and perplexity: so many codes, used evenly, would say as much."""
     p = torch.bincount(indices.flatten(), minlength=tokenizer.codebook_size) / indices.numel()
     return (p > 0).float().mean(), (-(p * p.clamp(min=1e-12).log()).sum()).exp()
 
@@ -481,7 +494,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = CausalSelfAttention(width, heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+                                 nn.Dropout(dropout))
 
     def forward(self, x, cache=None, mask=None):
         x = x + self.attn(self.ln1(x), cache, mask)
@@ -521,8 +535,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, tokens, cache=None, embeddings=None):
-        """tokens (B, L) int64 -> (B, L, M) before the output matrix.  cache (see new_cache): tokens continue what it holds.
+        """tokens (B, L) int64 -> (B, L, M) before the output matrix.
 
+        cache: a list of Cache, one for each block; tokens continue what they hold.
         embeddings (B, P, M): vectors put before the tokens. ValueError: longer than block_size.
         """
         x, past = self.tok_emb(tokens), cache[0].length if cache else 0
@@ -548,7 +563,7 @@ class GPT(nn.Module):
 
 
 class CoordStage:
-    """Coordinates as tokens: where in the picture a code lies, 0 at its top left, V at its bottom right, in raster order.
+    """Coordinates as tokens: where in the picture a code lies, from 0 at its top left to V at its bottom right.
 
     They tell a window of a larger picture whether it is sky or ground.   Source: taming/modules/misc/coord.py.
     """
@@ -622,7 +637,7 @@ class Net2Net(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def loss(self, tokens, labels=None, inputs=None):
-        """-> mean cross-entropy in nats per token, metrics.  inputs: what the network reads in place of tokens (pkeep)."""
+        """-> mean cross-entropy in nats per token, metrics.  inputs: read in place of tokens (pkeep's noise)."""
         logits = self(tokens if inputs is None else inputs, labels)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), {}
 
@@ -635,8 +650,8 @@ def build_prior(config):
 class LPIPS(nn.Module):
     """Perceptual distance: squared differences of VGG16's unit-length features, weighted by learned 1x1 convolutions.
 
-    a, b (B, 3 or 1, H, W) in [-1, 1] -> (B, 1, 1, 1).   Source: taming/modules/losses/lpips.py. Always frozen. QUIRK: the
-    release's training leaves the dropout before the 1x1 convolutions on; here evaluation mode must be kept.
+    a, b (B, 3 or 1, H, W) in [-1, 1] -> (B, 1, 1, 1). Always frozen.   Source: taming/modules/losses/lpips.py. The
+    release's training leaves the dropout before the 1x1 convolutions on (its QUIRK); here it stays in evaluation mode.
     """
     def __init__(self):
         super().__init__()
@@ -670,7 +685,8 @@ class LPIPS(nn.Module):
     def forward(self, a, b):
         total = 0
         for k, (x, y) in enumerate(zip(self.features(a), self.features(b))):
-            total = total + getattr(self, f"lin{k}").model((self.unit(x) - self.unit(y)).square()).mean((2, 3), keepdim=True)
+            difference = (self.unit(x) - self.unit(y)).square()
+            total = total + getattr(self, f"lin{k}").model(difference).mean((2, 3), keepdim=True)
         return total
 
 
@@ -748,7 +764,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         return self
 
     def generator(self, images, again, codebook_loss, last_layer, step):
-        """The autoencoder's loss: L1 + LPIPS + codebook + weighted -mean D(again), for both kinds of GAN -> loss, metrics."""
+        """The autoencoder's loss: L1 + LPIPS + codebook loss + weighted -mean D(again) (both GANs) -> loss, metrics."""
         c, rec = self.config, (images - again).abs()
         if self.perceptual_loss:
             rec = rec + c.perceptual_weight * self.perceptual_loss(images, again)
@@ -773,8 +789,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Keep the k largest logits (and ties), then the largest that reach probability p; the others become -inf.
 
-    The code that crosses p stays, so one always does. (..., V) -> (..., V).   Source: transformers 4.3.1, which the release
-    uses; there top_p alone, without top_k, was ignored.
+    The code that crosses p stays, so one always does. (..., V) -> (..., V).   Source: transformers 4.3.1, which the
+    release uses (where it ignores top_p without top_k).
     """
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -math.inf)
@@ -792,7 +808,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def window_start(i, side, window):
-    """First row (column) of the window in which position i of a grid of `side` rows is drawn: i in its middle if it can."""
+    """First row (column) of the window in which position i of a grid of `side` rows is drawn: i near its middle."""
     return min(max(i - window // 2, 0), side - window)
 
 
@@ -815,22 +831,23 @@ def sample(tokenizer, prior, labels, *, size=None, known=None, temperature=1.0, 
     if not 0 <= top_k <= V or not 0 < top_p <= 1:
         raise UserError(f"top_k {top_k}, top_p {top_p}: top_k must be 0 to {V}, the codebook's size, top_p in (0, 1]")
     if guidance != 1 and not (prior.droppable and prior.num_classes):
-        raise UserError(f"guidance {guidance}: this model never saw dropped labels; use 1, or train with --label-dropout")
+        raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
     if guidance != 1:
         labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
-    tokens, window, n = torch.zeros(B, h * w, dtype=torch.long, device=labels.device), None, 0
-    if known is not None:
-        tokens[:, :(n := known.shape[1])] = known
-    for n in range(n, h * w):
+    tokens, window = torch.zeros(B, h * w, dtype=torch.long, device=labels.device), None
+    given = 0 if known is None else known.shape[1]
+    if given:
+        tokens[:, :given] = known
+    for n in range(given, h * w):
         i, j = divmod(n, w)
-        if window != (window := (window_start(i, h, s), window_start(j, w, s))):                # another window: read anew
+        if window != (window := (window_start(i, h, s), window_start(j, w, s))):    # another window: read it anew
             rows, columns = (slice(start, start + s) for start in window)
             c = prior.condition(labels if labels.ndim < 3 else labels[:, rows, columns], len(labels))
             before = tokens.view(B, h, w)[:, rows, columns].flatten(1)[:, :(i - window[0]) * s + j - window[1]]
             x, cache = torch.cat([c, before.repeat(len(labels) // B, 1)], 1), gpt.new_cache()
         else:                                                                   # the cache knows all but the last code
             x = tokens[:, n - 1:n].repeat(len(labels) // B, 1)
-        logits = gpt.head(gpt.features(x, cache)[:, -1]).to(gpt.pos_emb.dtype)[:, :V]           # classes are never drawn
+        logits = gpt.head(gpt.features(x, cache)[:, -1])[:, :V]                 # (B, V): a class is never drawn
         if guidance != 1:
             logits, null = logits.chunk(2)
             logits = null + guidance * (logits - null)
@@ -859,8 +876,15 @@ def warmup_cosine(n, warmup, total, start, peak, end):
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1, (n - warmup) / (total - warmup))))
 
 
+def backward(loss, optimizer):
+    """Gradients of the optimizer's parameters, averaged over all processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    average(*(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None))
+
+
 def train_tokenizer(config, data, run, stage="tokenizer"):
-    """Autoencoder and discriminator in turn. stage "condition": the same for the condition's maps. Returns the VQGAN."""
+    """Autoencoder and discriminator in turn; stage "condition": of the condition's maps. Returns the VQGAN."""
     torch.manual_seed(config.seed)
     channels = MAPS[config.condition] if stage == "condition" else 3
     tokenizer = VQGAN(config, channels).to(run.device)
@@ -885,25 +909,24 @@ def train_tokenizer(config, data, run, stage="tokenizer"):
             images = condition_map(images, config.condition)
         [images] = shard(images, device=run.device)
         tokenizer.quantize.temperature = warmup_cosine(step, 0, config.train_steps_tokenizer, 0.9, 0.9, 1e-6)
-        for net, optimizer in zip((tokenizer, losses.discriminator), optimizers):
-            if net is tokenizer:
-                with autocast(run.device):
-                    again, found = tokenizer(images, generator)
-                    loss, metrics = losses.generator(images, again.float(), found["codebook_loss"], last_layer, step)
-                metrics["perplexity"] = found["perplexity"]
-            elif config.disc_weight and step >= config.disc_start:              # before, its loss has the factor 0
-                with autocast(run.device):
-                    with torch.no_grad():                                       # as the release: by the new weights
-                        again = tokenizer.decode(tokenizer.encode(images))
-                    loss, metrics = losses.discriminate(images, again.float())
-            else:
-                continue
-            optimizer.zero_grad()
-            loss.backward()
-            average(*(p.grad for p in net.parameters() if p.grad is not None))
-            run.log(stage if net is tokenizer else names[1], step, loss=loss, **metrics)    # raises on NaN
+        for optimizer in optimizers:
             set_lr(optimizer, config.lr_tokenizer, step, config.warmup, config.train_steps_tokenizer)
-            optimizer.step()
+        # 1. the autoencoder, with the discriminator's opinion as a part of its loss
+        with autocast(run.device):
+            again, found = tokenizer(images, generator)
+            loss, metrics = losses.generator(images, again.float(), found["codebook_loss"], last_layer, step)
+        backward(loss, optimizers[0])
+        run.log(stage, step, loss=loss, perplexity=found["perplexity"], **metrics)      # raises on NaN, before the step
+        optimizers[0].step()
+        # 2. the discriminator, on what the autoencoder makes after its step (before disc_start its loss is zero)
+        if config.disc_weight and step >= config.disc_start:
+            with autocast(run.device):
+                with torch.no_grad():
+                    again = tokenizer.decode(tokenizer.encode(images))
+                loss, metrics = losses.discriminate(images, again.float())
+            backward(loss, optimizers[1])
+            run.log(names[1], step, loss=loss, **metrics)
+            optimizers[1].step()
     return tokenizer.eval()
 
 
@@ -965,9 +988,9 @@ def train_prior(config, data, run, tokenizer):
     optimizer = torch.optim.AdamW(parameter_groups(prior), config.lr_prior, (0.9, 0.95))
     if config.compile:
         prior.compile()
-    print(f"prior: {sum(p.numel() for p in prior.transformer.parameters()):,} parameters, {all_tokens[0].numel()} codes an "
-          f"image; yardsticks in nats per token: {math.log(config.codebook_size):.3f} if all codes were alike, "
-          f"{perplexity.log():.3f} without context")
+    size = sum(p.numel() for p in prior.transformer.parameters())
+    print(f"prior: {size:,} parameters, {all_tokens[0].numel()} codes an image; yardsticks in nats per token: "
+          f"{math.log(config.codebook_size):.3f} if all codes were alike, {perplexity.log():.3f} without context")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
         torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))     # dropout's
@@ -981,9 +1004,7 @@ def train_prior(config, data, run, tokenizer):
         tokens, inputs, labels = shard(tokens, inputs, labels, device=run.device)
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels, inputs)
-        optimizer.zero_grad()
-        loss.backward()
-        average(*(p.grad for p in prior.transformer.parameters()))
+        backward(loss, optimizer)
         norm = nn.utils.clip_grad_norm_(prior.transformer.parameters(), config.clip or math.inf)
         run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
@@ -992,14 +1013,14 @@ def train_prior(config, data, run, tokenizer):
 
 
 # === Official weights: CompVis/taming-transformers ====================================================================
-RELEASES = {    # what the released checkpoints were built from; the faces, depth and segmentation VQGANs fit faces256's
+RELEASES = {    # what the released checkpoints were built from; the VQGANs of faces, depth, segmentation fit faces256
     "imagenet_f16_16384, cin_transformer": PRESETS["imagenet256"],
     "imagenet_f16_1024, faceshq": PRESETS["faces256"],
     "ffhq_transformer": dataclasses.replace(PRESETS["faces256"], condition="class", width=1664, block_size=256),
     "drin_transformer (depth)": dataclasses.replace(PRESETS["faces256"], condition="depth"),
     "sflckr_transformer": dataclasses.replace(PRESETS["faces256"], condition="segmentation"),
-    "gumbel_f8": dataclasses.replace(PRESETS["faces256"], ch_mult=(1, 1, 2, 4), attn_resolutions=(32,), quantizer="gumbel",
-                                     codebook_size=8192, kl_weight=1e-8, condition="class")}
+    "gumbel_f8": dataclasses.replace(PRESETS["faces256"], ch_mult=(1, 1, 2, 4), attn_resolutions=(32,),
+                                     quantizer="gumbel", codebook_size=8192, kl_weight=1e-8, condition="class")}
 
 
 def official_config(official):
@@ -1008,11 +1029,12 @@ def official_config(official):
     if "transformer_config" not in p:
         d, loss = p["ddconfig"], (p.get("lossconfig") or {}).get("params", {})
         names = "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"
-        return Config(**{name: d[name] for name in names}, image_size=d["resolution"], codebook_size=p["n_embed"],
-                      code_dim=p["embed_dim"], quantizer="gumbel" if "temperature_scheduler_config" in p else "vq",
-                      beta=p.get("beta", 0.25), legacy=p.get("legacy", True), kl_weight=p.get("kl_weight", 5e-4),
-                      restart=0, disc_layers=loss.get("disc_num_layers", 3), disc_width=loss.get("disc_ndf", 64),
-                      num_classes=0, lpips="download"), None
+        return Config(
+            **{name: d[name] for name in names}, image_size=d["resolution"], codebook_size=p["n_embed"],
+            code_dim=p["embed_dim"], groups=32, quantizer="gumbel" if "temperature_scheduler_config" in p else "vq",
+            beta=p.get("beta", 0.25), legacy=p.get("legacy", True), kl_weight=p.get("kl_weight", 5e-4),
+            codebook_ema=0.0, restart=0, num_classes=0, lpips="download", disc_width=loss.get("disc_ndf", 64),
+            disc_layers=loss.get("disc_num_layers", 3)), None
     t, cond = p["transformer_config"], p["cond_stage_config"]
     t, arguments = t.get("params", t), cond.get("params", {}) if isinstance(cond, dict) else {}
     maps = official_config(cond)[0] if "ddconfig" in arguments else None
@@ -1070,8 +1092,9 @@ def from_official(source, config=None):
             best = wrong, model, candidate
     wrong, model, candidate = best
     if wrong:
-        raise UserError(f"{source if not isinstance(source, dict) else 'the state dict'} is none of this paper's models: "
-                        f"{len(wrong)} names do not fit, first {', '.join(wrong[:5])}")
+        name = "the state dict" if isinstance(source, dict) else source
+        raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
+                        f"{', '.join(wrong[:5])}")
     if not buffers.keys() <= state.keys():                                      # left out of the file: they start anew
         fresh = assemble(candidate[0], state, candidate[1]).state_dict()
         state |= {name: fresh[name] for name in dict(model.named_buffers()) if name not in state}
@@ -1092,7 +1115,7 @@ def load_lpips(lpips, config):
         vgg, lin = (torch.load(io.BytesIO(*fetch(name, folder)), map_location="cpu", weights_only=True)
                     for name in ("vgg16", "lpips"))
         state = lin | {name: vgg["features." + name.split(".", 2)[2]] for name in lpips.state_dict() if "slice" in name}
-    with explain(f"{config.lpips} does not hold LPIPS's weights", "give download, a folder, or a released VQGAN's .ckpt"):
+    with explain(f"{config.lpips} does not hold LPIPS's weights", "give download, a folder, or a released VQGAN"):
         missing, unexpected = lpips.load_state_dict(state, strict=False)
         if unexpected or any(not name.startswith("scaling_layer") for name in missing):
             raise ValueError(f"first names that do not fit: {', '.join((missing + unexpected)[:5])}")
@@ -1113,8 +1136,9 @@ def check(config):
     for name, known in (("quantizer", ("vq", "gumbel")), ("gan", ("hinge", "vanilla")),
                         ("condition", ("class", "coordinates", *MAPS))):
         need(getattr(c, name) in known, f"{name} {getattr(c, name)!r} is unknown: {', '.join(known)}")
-    for names, least in (("batch_size batch_size_prior log_every save_every image_size num_res_blocks z_channels code_dim "
-                          "disc_layers disc_width layers heads width", 1), ("codebook_size", 2), ("temperature", 1e-3),
+    for names, least in (("batch_size batch_size_prior log_every save_every image_size num_res_blocks z_channels "
+                          "code_dim disc_layers disc_width layers heads width", 1), ("codebook_size", 2),
+                         ("temperature", 1e-3),
                          ("warmup train_images test_images train_steps_tokenizer train_steps_prior num_classes restart "
                           "crop disc_start disc_weight perceptual_weight codebook_weight beta kl_weight clip", 0)):
         for name in names.split():
@@ -1124,15 +1148,16 @@ def check(config):
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
-    need(c.ch > 0 and c.ch % 32 == 0, f"ch is {c.ch}: a multiple of 32, the groups of GroupNorm")
+    need(c.ch > 0 and c.groups > 0 and c.ch % c.groups == 0, f"ch {c.ch} is not divisible by groups, {c.groups}")
     need(c.width % c.heads == 0, f"width {c.width} is not divisible by heads, {c.heads}")
     need(c.crop <= c.image_size, f"crop {c.crop} is larger than the images, {c.image_size}")
-    need(c.resolution % c.f == 0, f"images of {c.resolution} pixels are not divisible by f = {c.f} (2 per level but one)")
-    need(c.quantizer == "vq" or c.z_channels == c.code_dim, "gumbel needs z_channels equal to code_dim, as in the release")
+    need(c.resolution % c.f == 0, f"images of {c.resolution} pixels are not divisible by f = {c.f}")
+    need(c.quantizer == "vq" or c.z_channels == c.code_dim, "gumbel needs z_channels equal to code_dim (release: 256)")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
     need(c.num_classes < (c.vocab_size or c.codebook_size),
          f"{c.num_classes} classes, {c.codebook_size} codes: they share one table, so fewer classes than codes")
-    need(c.num_classes == 0 or c.condition == "class", f"condition {c.condition} takes the place of classes: --num-classes 0")
+    need(c.num_classes == 0 or c.condition == "class",
+         f"condition {c.condition} takes the place of classes: add --num-classes 0")
     need(c.guidance == 1 or c.label_dropout > 0, "guidance needs a model that saw dropped labels: --label-dropout 0.1")
 
 
@@ -1628,11 +1653,14 @@ def load(args):
             raise UserError("name a run folder, or give --official CHECKPOINT")
         return load_run(args.run)
     model = from_official(args.official)
+    if "photos" in args and args.run:                                         # the first photo stands where a run would
+        args.photos = [args.run, *args.photos]
     tokenizer, prior = (model, None) if isinstance(model, VQGAN) else (model.first_stage_model, model)
     if prior is None and args.verb != "reconstruct":
         raise UserError(f"{args.official} is a tokenizer without a GPT: use it with reconstruct")
     run = Run.__new__(Run)                                                      # no folder: pictures go to this one
-    run.config, run.folder, run.device = model.config, Path("."), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.config, run.folder = model.config, Path(".")
+    run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run.state = {"classes": [str(i) for i in range(model.config.num_classes)]}
     return run, tokenizer.to(run.device), prior and prior.to(run.device)
 
@@ -1683,14 +1711,16 @@ def grid_size(args, run, tokenizer):
 
 def sample_command(args, run, tokenizer, prior):
     if prior.kind in MAPS:
-        raise UserError(f"this model draws from {prior.kind}: use paint, with photos or without")
+        return paint_command(argparse.Namespace(**vars(args), photos=[], data_dir=None), run, tokenizer, prior)
     h, w = grid_size(args, run, tokenizer)
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or (8 * columns if h * w <= 256 else 4))
     if prior.kind == "coordinates":
         place = CoordStage(run.config.codebook_size, tokenizer.f).encode(h * tokenizer.f, w * tokenizer.f)
         conditions = place.expand(len(labels), -1, -1)
-    images = draw_images(args, run, tokenizer, prior, conditions if prior.kind == "coordinates" else labels, size=(h, w))
+    else:
+        conditions = labels
+    images = draw_images(args, run, tokenizer, prior, conditions, size=(h, w))
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
     write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
@@ -1719,7 +1749,7 @@ def complete_command(args, run, tokenizer, prior):
 def paint_command(args, run, tokenizer, prior):
     """Each row: an image, its map (edges, depth), the map as its codes have it, and images drawn from these codes."""
     if prior.kind not in ("edges", "depth"):
-        raise UserError(f"this model draws from {prior.kind}, not from a map: train with --condition edges --num-classes 0")
+        raise UserError(f"this model draws from {prior.kind}: for paint train with --condition edges --num-classes 0")
     images, num = read_photos(args, run)[0], args.num or 6
     maps = condition_map(images, prior.kind).to(run.device)
     codes = prior.cond_stage_model.encode(maps)
@@ -1783,11 +1813,13 @@ FLAGS = {
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw images, also larger than trained", f"{RUN} --labels --size"),
-    "complete": (complete_command, "hide the lower half of images and draw it anew", f"{RUN} photos --labels --data-dir"),
+    "complete": (complete_command, "hide the lower half of images and draw it anew",
+                 f"{RUN} photos --labels --data-dir"),
     "paint": (paint_command, "draw images from the edges or the depth of images", f"{RUN} photos --data-dir"),
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run --official photos --data-dir --out"),
-    "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json", "run --data-dir")}
+    "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",
+                 "run --data-dir")}
 
 if __name__ == "__main__":
     main()

@@ -14,11 +14,17 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(image_size=8, train_images=200, test_images=30, batch_size=8, log_every=1, save_every=5)
+VQGAN = dict(ch_mult=(1, 1), code_dim=8, layers=2, heads=2, width=16, disc_layers=1, disc_width=8, warmup=2, pkeep=0.9, lr_prior=1e-2,
+             batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-binary": ("pixelcnn", dict(levels=2, colours=1, model="pixelcnn", num_classes=0, layers=2, width=8, head=16,
                                          train_steps_prior=12, **TINY)),
+    "vqgan_gpt-class": ("vqgan_gpt", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, **VQGAN, **TINY)),
+    "vqgan_gpt-start": ("vqgan_gpt", dict(codebook_size=16, num_classes=0, label_dropout=0.0, codebook_ema=0.9, disc_weight=0.0, **VQGAN, **TINY)),
+    "vqgan_gpt-edges": ("vqgan_gpt", dict(codebook_size=16, num_classes=0, label_dropout=0.0, condition="edges", codebook_ema=0.0, disc_weight=0.0, **VQGAN, **TINY)),
+    "vqgan_gpt-gumbel": ("vqgan_gpt", dict(codebook_size=16, quantizer="gumbel", z_channels=8, disc_start=4, **VQGAN, **TINY)),
 }
 FILES = sorted({file for file, _ in CASES.values()})
 
@@ -41,6 +47,18 @@ class Case:
         labels = labels if self.config.num_classes else torch.zeros_like(labels)
         return images[:number] / 127.5 - 1, labels[:number]
 
+    @property
+    def V(self):
+        """Values a token can have."""
+        return self.config.levels if hasattr(self.config, "levels") else self.config.codebook_size
+
+    def condition(self, labels):
+        """What prior and sampler are told: labels, or for a prior that is told a map's tokens some of these."""
+        if getattr(self.config, "condition", "class") == "class":
+            return labels
+        side = self.config.image_size // self.config.f
+        return torch.randint(self.V, (len(labels), side, side), generator=torch.Generator().manual_seed(0)) + 0 * labels[:, None, None]
+
     def flags(self, **more):
         """The tiny config as flags of the command line."""
         import dataclasses
@@ -50,7 +68,7 @@ class Case:
         for name, value in changed.items():
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):
-                words += [flag] if value else []
+                words += [flag if value else flag.replace("--", "--no-", 1)] if value != default[name] else []
             elif value != default[name] or name in more:
                 words += [flag, *map(str, value)] if isinstance(value, (tuple, list)) else [flag, str(value)]
         return words

@@ -11,6 +11,7 @@ judge_accuracy    of the judge itself on real test images it was not trained on
 A judge is trained once, from a fixed seed, and kept in the cache folder (JUDGE_CACHE, default ~/.cache/visual-autoregression).
 """
 import argparse
+import functools
 import json
 import os
 import sys
@@ -50,9 +51,13 @@ def real_data(data, data_dir):
 
 
 def get_judge(data, data_dir="data"):
-    """-> judge (eval mode), its accuracy on real test images, real test images uint8 (N, 3, 32, 32)."""
+    """-> judge (eval mode), its accuracy on real test images, their features (N, 128)."""
     cache = Path(os.environ.get("JUDGE_CACHE", Path.home() / ".cache" / "visual-autoregression"))
-    path = cache / f"judge_{Path(data).stem}_{STEPS}.pt"
+    return load_judge(data, data_dir, cache / f"judge_{Path(data).stem}_{STEPS}.pt")
+
+
+@functools.lru_cache(1)                     # a notebook asks many times
+def load_judge(data, data_dir, path):
     real = real_data(data, data_dir)
     judge = network(len(real.classes))
     if path.exists():
@@ -77,12 +82,14 @@ def get_judge(data, data_dir="data"):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(judge.state_dict(), part := path.with_suffix(f".{os.getpid()}"))
         os.replace(part, path)
     judge.eval()
-    accuracy = (run(judge, real.test[0]).argmax(1) == real.test[1]).float().mean().item()
-    return judge, accuracy, real.test[0]
+    features = run(judge, real.test[0], slice(-1))
+    with torch.no_grad():
+        accuracy = (judge[-1](features).argmax(1) == real.test[1]).float().mean().item()
+    return judge, accuracy, features
 
 
 def frechet_distance(a, b):
@@ -97,9 +104,9 @@ def frechet_distance(a, b):
 
 def judge_samples(images, labels, data="shapes", data_dir="data"):
     """images uint8 (N, 3, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
-    judge, accuracy, real = get_judge(data, data_dir)
-    features, real_features = run(judge, images, slice(-1)), run(judge, real, slice(-1))
-    few = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:len(images)]
+    judge, accuracy, real_features = get_judge(data, data_dir)
+    features = run(judge, images, slice(-1))
+    few = torch.randperm(len(real_features), generator=torch.Generator().manual_seed(0))[:len(images)]
     figures = {"frechet": frechet_distance(features, real_features), "frechet_of_as_many_real": frechet_distance(real_features[few], real_features),
                "judge_accuracy": accuracy, "judged_samples": len(images)}
     if labels is not None:

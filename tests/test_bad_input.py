@@ -244,6 +244,117 @@ def test_full_disk_keeps_the_last_good_checkpoint(module, fails, run):
     assert dataclasses.asdict(config) == good["config"]
 
 
+# --- vqgan_gpt.py
+
+TINY_VQGAN = ["--num-classes", "2", "--image-size", "8", "--ch-mult", "1", "1", "--layers", "1", "--width", "8", "--heads", "2", "--batch-size", "2",
+              "--batch-size-prior", "2", "--train-steps-tokenizer", "1", "--train-steps-prior", "1", "--disc-start", "9"]
+
+
+@pytest.fixture(scope="session")
+def trained_vqgan(tmp_path_factory):
+    from conftest import CASES
+
+    import vqgan_gpt
+    config = vqgan_gpt.Config(**CASES["vqgan_gpt-class"][1])
+    folder, data = tmp_path_factory.mktemp("runs") / "vqgan", vqgan_gpt.load_data(config)
+    run = vqgan_gpt.Run(folder, config, data.classes)
+    vqgan_gpt.train_prior(config, data, run, vqgan_gpt.train_tokenizer(config, data, run))
+    return folder
+
+
+@pytest.fixture
+def vqgan(trained_vqgan, tmp_path):
+    import vqgan_gpt
+    return vqgan_gpt, shutil.copytree(trained_vqgan, tmp_path / "vqgan")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--width", "130"], ["width 130", "heads, 4"]),
+    (["--image-size", "30"], ["30 pixels", "f = 4"]),
+    (["--top-k", "257"], ["top_k is 257", "0 to 256"]),
+    (["--top-p", "1.5"], ["top_p is 1.5"]),
+    (["--codebook-size", "8"], ["9 classes", "8 codes"]),
+    (["--condition", "sketch", "--num-classes", "0"], ["sketch", "class, coordinates, edges"]),
+    (["--condition", "edges"], ["edges", "--num-classes 0"]),
+    (["--quantizer", "fsq"], ["fsq", "vq, gumbel"]),
+    (["--gan", "wgan"], ["wgan", "hinge, vanilla"]),
+    (["--ch-mult"], ["ch_mult"]),
+    (["--ch-mult", "1", "x"], ["--ch-mult", "x"]),
+    (["--crop", "64"], ["crop 64", "32"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--pkeep", "-1"], ["pkeep is -1"]),
+    (["--lpips", "no/such.ckpt", "--data-dir", "nowhere"], ["cannot download", "vgg16"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_vqgan_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import vqgan_gpt
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vqgan_gpt.DOWNLOADS, "vgg16", ("http://127.0.0.1:9/", vqgan_gpt.DOWNLOADS["vgg16"][1]))
+    fails(vqgan_gpt, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["sample", "--top-k", "17"], ["top_k is 17", "0 to 16"]),
+    (["sample", "--top-k", "-2"], ["top_k is -2"]),
+    (["sample", "--top-p", "0"], ["top_p"]),
+    (["sample", "--size", "9", "8"], ["--size 9 8", "multiples of 2"]),
+    (["sample", "--size", "4", "8"], ["2 x 4 codes are too few", "4 x 4"]),
+    (["sample", "--labels", "nine"], ["nine", "circle"]),
+    (["sample", "--temperature", "0"], ["temperature is 0"]),
+    (["paint"], ["draws from class", "--condition edges"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_vqgan_verbs(fails, vqgan, words, says):
+    module, run = vqgan
+    fails(module, words[0], run, *words[1:], says=says)
+
+
+def test_small_photo_is_refused_by_its_size(fails, vqgan, tmp_path):
+    module, run = vqgan
+    Image.new("RGB", (20, 7)).save(tmp_path / "small.png")
+    fails(module, "reconstruct", run, tmp_path / "small.png", says=["small.png is too small", "20 x 7", "8 x 8"])
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    fails(module, "reconstruct", run, tmp_path / "none.png", says=["none.png cannot be read"])
+    fails(module, "complete", run, tmp_path / "missing.png", "--labels", "star", says=["missing.png"])
+
+
+@pytest.mark.parametrize("mode, colour, expected", [("L", 100, 100), ("LA", (100, 255), 100), ("LA", (100, 0), 255), ("RGBA", (9, 9, 9, 0), 255),
+                                                    ("I;16", 25700, 100), ("1", 1, 255), ("P", 0, None), ("CMYK", (0, 0, 0, 0), 255)])
+def test_pictures_of_other_kinds_are_read(vqgan, tmp_path, mode, colour, expected):
+    """Grey, with alpha (transparent is white), 16 bits, palette. Planted: alpha dropped, so that transparent pixels are black."""
+    module, run = vqgan
+    path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    Image.new(mode, (12, 12), colour).save(path)
+    pixels = module.read_image(path, 8)
+    assert pixels.shape == (8, 8, 3) and (expected is None or abs(int(pixels.mean()) - expected) <= 1)
+    module.main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out.png")])
+
+
+def test_run_stopped_before_its_prior(fails, vqgan):
+    """Planted: an untrained GPT that draws noise."""
+    module, run = vqgan
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del state["objects"]["prior"]
+    torch.save(state, run / "checkpoint.pt")
+    fails(module, "sample", run, says=["no trained prior yet", "--resume"])
+
+
+def test_checkpoint_of_another_model(fails, vqgan, tmp_path):
+    module, run = vqgan
+    torch.save({"state_dict": {f"layers.{i}.weight": torch.zeros(2) for i in range(7)}}, tmp_path / "other.ckpt")
+    line = fails(module, "reconstruct", "--official", tmp_path / "other.ckpt", says=["other.ckpt", "do not fit", "layers.0.weight", "layers.4.weight"])
+    assert "layers.5" not in line
+
+
+def test_vqgan_folder_and_tuples_on_the_command_line(vqgan, tmp_path):
+    """A folder of grey and transparent pictures is trained on; ch_mult survives config.json and --resume."""
+    module, _ = vqgan
+    make_images(tmp_path / "data")
+    Image.new("LA", (9, 9), (50, 100)).save(tmp_path / "data" / "train" / "cat" / "grey.png")
+    module.main(["train", *TINY_VQGAN, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    module.main(["train", "--resume", str(tmp_path / "run")])
+    assert module.Run(tmp_path / "run").config.ch_mult == (1, 1)
+
+
 def test_two_processes_need_a_divisible_batch(module, monkeypatch):
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)

@@ -5,7 +5,6 @@ Every <file>_<part>_<anything>.json in tests/golden/, or in the folder named by 
 compute; a recorded output that it does not return fails, unless LEFT_OUT gives the reason.
 """
 import contextlib
-import gzip
 import json
 import os
 import re

@@ -1,5 +1,4 @@
 """Properties of every file's tokenizer, prior and sampler. Each test names the planted bug it was seen to catch."""
-import dataclasses
 
 import pytest
 import torch
@@ -10,17 +9,23 @@ def test_tokens_are_in_range_and_decode_to_images(case):
     tokenizer, _ = case.build()
     images, _ = case.images()
     tokens = tokenizer.encode(images)
-    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < case.config.levels
+    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < case.V
     decoded = tokenizer.decode(tokens)
-    assert decoded.shape == images.shape and decoded.min() >= -1 and decoded.max() <= 1
+    assert decoded.shape == images.shape
+    if hasattr(tokenizer, "quantize"):                                  # a decoder may overshoot; sample() clamps
+        if case.config.quantizer == "gumbel":
+            return                                                      # its forward pass draws noise, encode does not
+    else:
+        assert decoded.min() >= -1 and decoded.max() <= 1
     again, losses = tokenizer(images)
-    assert torch.equal(again, decoded) and isinstance(losses, dict)
+    torch.testing.assert_close(again, decoded)
+    assert all(torch.as_tensor(value).shape == () for value in losses.values())
 
 
 def test_tokenizer_refuses_other_sizes(case):
     """Planted: no check."""
     tokenizer, _ = case.build()
-    with pytest.raises(ValueError, match=str(case.config.image_size)):
+    with pytest.raises(ValueError, match=str(getattr(case.config, "f", case.config.image_size))):
         tokenizer.encode(torch.zeros(1, 3, case.config.image_size + 1, case.config.image_size))
 
 
@@ -28,9 +33,9 @@ def test_logits_have_the_documented_shape(case):
     """Planted: colours and levels swapped in the final view (shape then differs for V != C)."""
     tokenizer, prior = case.build()
     images, labels = case.images(3)
-    tokens = tokenizer.encode(images)
+    tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)
     logits = prior(tokens, labels)
-    assert logits.shape == (3, tokens.shape[1], case.config.levels) and logits.dtype == torch.float32
+    assert logits.shape == (3, tokens.shape[1], case.V) and logits.dtype == torch.float32
     loss, metrics = prior.loss(tokens, labels)
     assert loss.shape == () and all(torch.as_tensor(value).shape == () for value in metrics.values())
 
@@ -43,12 +48,12 @@ def test_logits_ignore_their_own_and_later_tokens(case):
     """
     tokenizer, prior = case.build()
     images, labels = case.images(1)
-    tokens = tokenizer.encode(images)
+    tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)
     with torch.no_grad():
         before = prior(tokens, labels)
         for t in range(tokens.shape[1]):
             changed = tokens.clone()
-            changed[:, t] = (changed[:, t] + 1) % case.config.levels
+            changed[:, t] = (changed[:, t] + 1) % case.V
             after = prior(changed, labels)
             assert torch.equal(after[:, :t + 1], before[:, :t + 1]), f"a logit at or before {t} sees token {t}"
             if t + 1 < tokens.shape[1]:
@@ -60,7 +65,7 @@ def test_labels_matter_and_no_class_is_no_term(case):
     if not case.config.num_classes:
         pytest.skip("unconditional")
     tokenizer, prior = case.build()
-    tokens = tokenizer.encode(case.images(1)[0])
+    tokens = tokenizer.encode(case.images(1)[0]).flatten(1)
     logits = [prior(tokens, torch.tensor([label])) for label in (0, 1, case.config.num_classes)]
     assert not torch.equal(logits[0], logits[1])
     assert torch.equal(logits[2], prior(tokens, None))
@@ -69,7 +74,7 @@ def test_labels_matter_and_no_class_is_no_term(case):
 def test_untrained_samples_are_finite_and_repeat_with_the_seed(case):
     """Planted: a draw without the generator."""
     tokenizer, prior = case.build()
-    labels = torch.zeros(2, dtype=torch.long)
+    labels = case.condition(torch.zeros(2, dtype=torch.long))
     draw = lambda seed: case.module.sample(tokenizer, prior, labels, generator=torch.Generator().manual_seed(seed))
     images = draw(0)
     assert images.shape == (2, 3, case.config.image_size, case.config.image_size) and images.isfinite().all()
@@ -82,8 +87,8 @@ def test_sampler_sees_what_training_sees(case):
     Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete.
     """
     tokenizer, prior = case.build()
-    trace, labels = [], torch.zeros(2, dtype=torch.long)
-    case.module.sample(tokenizer, prior.double(), labels, generator=torch.Generator().manual_seed(0), trace=trace)
+    trace, labels = [], case.condition(torch.zeros(2, dtype=torch.long))
+    case.module.sample(tokenizer.double(), prior.double(), labels, generator=torch.Generator().manual_seed(0), trace=trace)
     full = prior(trace[-1]["tokens"], labels)
     stepwise = torch.stack([step["logits"] for step in trace], 1)
     torch.testing.assert_close(stepwise, full, rtol=1e-9, atol=1e-9)
@@ -93,27 +98,30 @@ def test_low_temperature_draws_the_most_likely_token(case):
     """Planted: temperature multiplies the logits."""
     tokenizer, prior = case.build()
     trace = []
-    case.module.sample(tokenizer, prior, torch.zeros(1, dtype=torch.long), temperature=1e-6, generator=torch.Generator().manual_seed(0), trace=trace)
+    labels = case.condition(torch.zeros(1, dtype=torch.long))
+    case.module.sample(tokenizer, prior, labels, temperature=1e-6, generator=torch.Generator().manual_seed(0), trace=trace)
     best = torch.stack([step["logits"].argmax(-1) for step in trace], 1)
-    assert torch.equal(best, trace[-1]["tokens"])
+    assert torch.equal(best, trace[-1]["tokens"].flatten(1))
 
 
 @pytest.mark.parametrize("more", [0, 5])
 def test_sampling_keeps_known_tokens(case, more):
     """Half the image known, and some tokens of the next row. Planted: known tokens overwritten by the first draw."""
     tokenizer, prior = case.build()
-    tokens = tokenizer.encode(case.images()[0])
+    tokens = tokenizer.encode(case.images()[0]).flatten(1)
     trace, n = [], tokens.shape[1] // 2 + more
-    case.module.sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), known=tokens[:, :n],
+    case.module.sample(tokenizer, prior, case.condition(torch.zeros(2, dtype=torch.long)), known=tokens[:, :n],
                        generator=torch.Generator().manual_seed(0), trace=trace)
-    assert torch.equal(trace[-1]["tokens"][:, :n], tokens[:, :n]) and len(trace) == tokens.shape[1] - n
+    assert torch.equal(trace[-1]["tokens"].flatten(1)[:, :n], tokens[:, :n]) and len(trace) == tokens.shape[1] - n
 
 
 def test_one_batch_is_learned_by_heart(case):
     """Planted: loss on shifted targets (cannot fall this far); a detached logit."""
     tokenizer, prior = case.build()
     images, labels = case.images(4)
-    tokens = tokenizer.encode(images)
+    tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)
+    if hasattr(tokenizer, "quantize"):                                  # an untrained codebook says too little
+        tokens = torch.randint(case.V, tokens.shape, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
     losses = []
     for _ in range(150):
@@ -141,6 +149,8 @@ def test_learning_rate_rises_then_falls_to_zero(case):
 
 def test_average_of_weights_follows_the_model(case):
     """Planted: decay and 1 - decay exchanged."""
+    if not hasattr(case.module, "update_ema"):
+        pytest.skip("no averaged weights in this paper")
     _, prior = case.build()
     _, ema = case.build(seed=1)
     start, target = next(ema.parameters()).clone(), next(prior.parameters())
