@@ -77,7 +77,7 @@ class Config:
     train_images: int = 0           # use only this many training images (0: all; of the endless shapes 20,000)
     test_images: int = 0            # use only this many test images (0: all; of the endless shapes 2,000)
     skip_corrupt: bool = False      # leave out images that cannot be read, instead of stopping
-    image_size: int = 32            # side of the (square) images in pixels
+    image_size: int = 24            # side of the (square) images in pixels
     crop: int = 0                   # both stages see one random crop of this side of each image (0: whole images)
     num_classes: int = 9            # classes the GPT is told (0: a start token only)
     # tokenizer
@@ -117,19 +117,19 @@ class Config:
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
-    batch_size_prior: int = 64      # images per step of the GPT, over all processes
+    batch_size_prior: int = 16      # images per step of the GPT, over all processes
     train_steps_tokenizer: int = 800  # steps of the tokenizer
-    train_steps_prior: int = 600    # steps of the GPT
+    train_steps_prior: int = 4000   # steps of the GPT
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4.5e-6 times batch size)
-    lr_prior: float = 1e-3          # learning rate of the GPT (release: 4.5e-6 times batch size)
+    lr_prior: float = 2e-3          # learning rate of the GPT (release: 4.5e-6 times batch size)
     warmup: int = 30                # steps of warm-up; then a cosine to zero (0: constant, as the release)
     clip: float = 1.0               # gradients of the GPT are scaled down to this norm (0: never, as the release)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 100           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
     top_k: int = 0                  # only the k likeliest codes are drawn (0: all)
-    top_p: float = 1.0              # only the likeliest codes that together reach probability p are drawn
-    guidance: float = 1.0           # logits = no class + guidance (class - no class); 1: none
+    top_p: float = 0.85             # only the likeliest codes that together reach probability p are drawn
+    guidance: float = 2.5           # logits = no class + guidance (class - no class); 1: none
     compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
@@ -150,13 +150,14 @@ class Config:
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,),
                z_channels=256, code_dim=256, codebook_size=1024, codebook_ema=0.0, restart=0, codebook_weight=1.0,
                lpips="download", disc_layers=3, disc_width=64, warmup=0, clip=0.0, label_dropout=0.0, top_k=250,
-               save_every=2000, log_every=50)
+               top_p=1.0, guidance=1.0, save_every=2000, log_every=50)
 PRESETS = {
     "demo": Config(),
-    "mnist": Config(data="mnist", num_classes=10, save_every=500),
-    "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), z_channels=128, codebook_size=512,
-                      codebook_ema=0.98, codebook_weight=0.2, disc_start=2400, train_steps_tokenizer=3600,
-                      lr_tokenizer=8e-4, layers=6, heads=6, width=192, dropout=0.1, train_steps_prior=1800, top_k=200),
+    "mnist": Config(data="mnist", image_size=28, num_classes=10),
+    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch_mult=(1, 2, 4), z_channels=128,
+                      codebook_size=512, codebook_ema=0.98, codebook_weight=0.2, disc_start=2400,
+                      train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192, dropout=0.1,
+                      batch_size_prior=32, train_steps_prior=2700, lr_prior=1e-3, top_k=200, top_p=1.0, guidance=1.0),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", num_classes=1000, codebook_size=16384, disc_start=0,
                           disc_weight=0.75, disc_layers=2, layers=48, heads=24, width=1536, block_size=256, top_k=600,
@@ -1033,8 +1034,8 @@ def official_config(official):
             **{name: d[name] for name in names}, image_size=d["resolution"], codebook_size=p["n_embed"],
             code_dim=p["embed_dim"], groups=32, quantizer="gumbel" if "temperature_scheduler_config" in p else "vq",
             beta=p.get("beta", 0.25), legacy=p.get("legacy", True), kl_weight=p.get("kl_weight", 5e-4),
-            codebook_ema=0.0, restart=0, num_classes=0, lpips="download", disc_width=loss.get("disc_ndf", 64),
-            disc_layers=loss.get("disc_num_layers", 3)), None
+            codebook_ema=0.0, restart=0, num_classes=0, lpips="download", guidance=1.0, top_p=1.0,
+            disc_width=loss.get("disc_ndf", 64), disc_layers=loss.get("disc_num_layers", 3)), None
     t, cond = p["transformer_config"], p["cond_stage_config"]
     t, arguments = t.get("params", t), cond.get("params", {}) if isinstance(cond, dict) else {}
     maps = official_config(cond)[0] if "ddconfig" in arguments else None
@@ -1158,7 +1159,7 @@ def check(config):
          f"{c.num_classes} classes, {c.codebook_size} codes: they share one table, so fewer classes than codes")
     need(c.num_classes == 0 or c.condition == "class",
          f"condition {c.condition} takes the place of classes: add --num-classes 0")
-    need(c.guidance == 1 or c.label_dropout > 0, "guidance needs a model that saw dropped labels: --label-dropout 0.1")
+    need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes, "guidance needs a model that saw dropped labels: --label-dropout 0.1")
 
 
 # Copied from pixelcnn.py
@@ -1692,6 +1693,8 @@ def read_photos(args, run, number=8):
 def draw_images(args, run, tokenizer, prior, labels, known=None, size=None):
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
                 for name in ("temperature", "top_k", "top_p", "guidance")}
+    if not run.config.num_classes and args.guidance is None:
+        settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, label_dropout=0.1, seed=args.seed, **settings))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
     for start in range(0, len(labels), 64):                                     # 64 at a time: the caches take memory

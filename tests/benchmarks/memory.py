@@ -1,8 +1,8 @@
-"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py
+"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt]
 
-Weights, gradients, two moments of Adam and the average of the weights (5 x 4 bytes a parameter), and all tensors that autograd
-keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta device:
-nothing is allocated.
+Weights, gradients, two moments of Adam (16 bytes a parameter; 20 where an average of the weights is kept), and all tensors that
+autograd keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta
+device: nothing is allocated.
 """
 import sys
 from pathlib import Path
@@ -10,30 +10,55 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from pixelcnn import PRESETS, build_prior  # noqa: E402
+import pixelcnn  # noqa: E402
+import vqgan_gpt  # noqa: E402
 
 
-def training_bytes(config):
-    """-> parameters, bytes of weights and optimizer, bytes kept for the backward pass."""
-    with torch.device("meta"):
-        prior = build_prior(config)
-        tokens = torch.zeros(config.batch_size, config.image_size ** 2 * config.colours, dtype=torch.long)
-        labels = torch.zeros(config.batch_size, config.num_classes)             # class vectors: one_hot knows no meta tensors
-        kept = {}
+def kept_bytes(nets, loss):
+    """Bytes that autograd keeps of loss()'s graph, the parameters of nets aside."""
+    kept = {}
 
-        def pack(tensor):
-            kept[tensor.untyped_storage()._cdata] = (tensor, tensor.untyped_storage().nbytes())
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, _ = prior.loss(tokens, labels if config.num_classes else None)
-    own = {p.untyped_storage()._cdata for p in prior.parameters()}
-    parameters = sum(p.numel() for p in prior.parameters())
-    return parameters, 20 * parameters, sum(size for key, (_, size) in kept.items() if key not in own)
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss()
+    own = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
+    return sum(size for key, (_, size) in kept.items() if key not in own)
+
+
+def pixelcnn_stages(config):
+    prior = pixelcnn.build_prior(config)
+    tokens = torch.zeros(config.batch_size, config.image_size ** 2 * config.colours, dtype=torch.long)
+    labels = torch.zeros(config.batch_size, config.num_classes)                 # class vectors: one_hot knows no meta tensors
+    yield "prior", config.batch_size, 20, [prior], lambda: prior.loss(tokens, labels if config.num_classes else None)
+
+
+def vqgan_gpt_stages(config):
+    tokenizer, losses = vqgan_gpt.build_tokenizer(config), vqgan_gpt.VQLPIPSWithDiscriminator(config)
+    images, last_layer = torch.zeros(config.batch_size, 3, *[config.resolution] * 2), tokenizer.decoder.conv_out.weight
+
+    def loss():
+        again = tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.latents(images)))     # the quantizer keeps little beside
+        losses.generator(images, again, again.mean(), last_layer, config.disc_start)
+    yield "tokenizer", config.batch_size, 16, [tokenizer, losses], loss
+    prior = vqgan_gpt.build_prior(config)
+    tokens = torch.zeros(config.batch_size_prior, prior.window ** 2, dtype=torch.long)
+    conditions = tokens if config.condition != "class" else tokens[:, 0]
+    yield "prior", config.batch_size_prior, 16, [prior], lambda: prior.loss(tokens, conditions[:, None] if conditions.ndim == 2 else conditions)
+
+
+STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages)}
 
 
 if __name__ == "__main__":
-    for name, config in PRESETS.items():
-        parameters, fixed, batch = training_bytes(config)
-        total = (fixed + batch) / 2**30
-        print(f"{name}: {parameters:,} parameters; {fixed / 2**30:.2f} GiB for them, {batch / 2**30:.2f} GiB for a batch of {config.batch_size}; "
-              f"{total:.1f} GiB in float32, about {(fixed + batch / 2) / 2**30:.1f} with bfloat16")
+    for file in sys.argv[1:] or STAGES:
+        module, stages = STAGES[file]
+        for name, config in module.PRESETS.items():
+            with torch.device("meta"):
+                for stage, batch_size, each, nets, loss in stages(config):
+                    trained = sum(p.numel() for net in nets for p in net.parameters() if p.requires_grad)
+                    frozen = sum(p.numel() for net in nets for p in net.parameters() if not p.requires_grad)
+                    fixed, batch = each * trained + 4 * frozen, kept_bytes(nets, loss)
+                    print(f"{file} {name} {stage}: {trained:,} parameters trained; {fixed / 2**30:.2f} GiB for them, {batch / 2**30:.2f} GiB for a "
+                          f"batch of {batch_size}; {(fixed + batch) / 2**30:.1f} GiB in float32, about {(fixed + batch / 2) / 2**30:.1f} with bfloat16")
