@@ -157,7 +157,7 @@ PRESETS = {
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch_mult=(1, 2, 4), z_channels=128,
                       codebook_size=512, codebook_ema=0.98, codebook_weight=0.2, disc_start=2400,
                       train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192, dropout=0.1,
-                      batch_size_prior=32, train_steps_prior=2700, lr_prior=1e-3, top_k=200, top_p=1.0, guidance=1.0),
+                      batch_size_prior=32, train_steps_prior=1500, lr_prior=1e-3, top_k=200, top_p=1.0, guidance=1.0),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", num_classes=1000, codebook_size=16384, disc_start=0,
                           disc_weight=0.75, disc_layers=2, layers=48, heads=24, width=1536, block_size=256, top_k=600,
@@ -865,7 +865,8 @@ def crop_data(config, data):
     for number, split in enumerate(("train", "test")):
         images, labels = getattr(data, split)
         offsets[split] = torch.randint(config.image_size - s + 1, (len(images), 2), generator=rng(config.seed, number))
-        images = torch.stack([x[:, i:i + s, j:j + s] for x, (i, j) in zip(images, offsets[split].tolist())])
+        if config.crop:
+            images = torch.stack([x[:, i:i + s, j:j + s] for x, (i, j) in zip(images, offsets[split].tolist())])
         cut[split] = images, labels
     return dataclasses.replace(data, **cut), offsets
 
@@ -1159,7 +1160,8 @@ def check(config):
          f"{c.num_classes} classes, {c.codebook_size} codes: they share one table, so fewer classes than codes")
     need(c.num_classes == 0 or c.condition == "class",
          f"condition {c.condition} takes the place of classes: add --num-classes 0")
-    need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes, "guidance needs a model that saw dropped labels: --label-dropout 0.1")
+    need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes,
+         "guidance needs a model that saw dropped labels: --label-dropout 0.1, or --guidance 1")
 
 
 # Copied from pixelcnn.py
