@@ -1035,7 +1035,7 @@ def train_command(args):
             asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
         saved = run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if saved.get(name) != value and name not in ("data", "data_dir")]     # they may have moved
+                 if saved.get(name) != value and name not in ("data", "data_dir", "lpips")]    # they may have moved
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         run.config = dataclasses.replace(run.config, **fields)

@@ -322,7 +322,8 @@ class VectorQuantizer(nn.Module):
     legacy (the release): mean (sg(e) - z)^2 + beta mean (e - sg(z))^2; else VQ-VAE's beta on the other, the commitment
     term. Values are equal, gradients are not: with legacy the encoder feels 1 / beta times the pull to its code.
     decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient.
-    restart > 0: a code that no latent chose for so many training steps becomes a latent of the batch.
+    restart > 0: a code that no latent chose for so many training steps becomes a latent of the batch (of several
+    processes: of the first one's part).
     """
     def __init__(self, size, dim, beta=0.25, legacy=True, decay=0.0, restart=0):
         super().__init__()
@@ -407,7 +408,9 @@ class GumbelQuantizer(nn.Module):
         """z (B, z_channels, h, w) -> z_q (B, E, h, w), indices (B, h, w), loss; noise (B, V, h, w): standard Gumbel."""
         logits = self.proj(z).float()                                           # (B, V, h, w)
         if noise is None:
-            u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-20, 1 - 1e-7)
+            world = dist.get_world_size() if dist.is_initialized() else 1       # drawn for the global batch, then cut
+            [u] = shard(torch.rand(len(z) * world, *logits.shape[1:], generator=generator), device=z.device)
+            u = u.clamp(1e-20, 1 - 1e-7)
             noise = -(-u.log()).log()
         soft = ((logits + noise) / self.temperature).softmax(1)
         indices = soft.argmax(1)
@@ -520,7 +523,7 @@ class Cache:
 class GPT(nn.Module):
     """minGPT as the release has it: learned positions, pre-norm blocks, an output matrix of its own without bias.
 
-    n_unmasked: the first so many positions see each other in both directions (0 in all releases).
+    n_unmasked: the first so many positions see each other in both directions (0 in all releases we know).
     """
     def __init__(self, vocab_size, block_size, layers, heads, width, dropout=0.0, n_unmasked=0):
         super().__init__()
@@ -547,9 +550,9 @@ class GPT(nn.Module):
         if past + L > self.block_size:
             raise ValueError(f"{past + L} tokens are more than block_size {self.block_size}")
         mask = None
-        if self.n_unmasked and L > 1:
-            mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-            mask[:self.n_unmasked, :self.n_unmasked] = True
+        if (self.n_unmasked or past) and L > 1:
+            mask = torch.ones(L, past + L, dtype=torch.bool, device=x.device).tril(past)
+            mask[:max(0, self.n_unmasked - past), :self.n_unmasked] = True
         x = self.drop(x + self.pos_emb[:, past:past + L])
         for i, block in enumerate(self.blocks):
             x = block(x, cache[i] if cache else None, mask)
@@ -564,7 +567,7 @@ class GPT(nn.Module):
 
 
 class CoordStage:
-    """Coordinates as tokens: where in the picture a code lies, from 0 at its top left to V at its bottom right.
+    """Coordinates as tokens: where in the picture a code lies, from 0 at its top left to V - 1 at its bottom right.
 
     They tell a window of a larger picture whether it is sky or ground.   Source: taming/modules/misc/coord.py.
     """
@@ -576,7 +579,7 @@ class CoordStage:
         coord = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width) / (height * width)
         h, w = crop or (height, width)
         c = F.interpolate(coord.float()[:, :, top:top + h, left:left + w], scale_factor=1 / self.f, mode="area")
-        return (self.size * c.clamp(0, 1)).round().long()[0, 0]
+        return (self.size * c).round().long()[0, 0].clamp(0, self.size - 1)     # release: no upper limit
 
     def decode(self, tokens):
         """tokens (B, h, w) -> a picture (B, 1, f h, f w) in [0, 1]."""
@@ -652,7 +655,7 @@ class LPIPS(nn.Module):
     """Perceptual distance: squared differences of VGG16's unit-length features, weighted by learned 1x1 convolutions.
 
     a, b (B, 3 or 1, H, W) in [-1, 1] -> (B, 1, 1, 1). Always frozen.   Source: taming/modules/losses/lpips.py. The
-    release's training leaves the dropout before the 1x1 convolutions on (its QUIRK); here it stays in evaluation mode.
+    release's training leaves the dropout before the 1x1 convolutions on (its QUIRK); the losses below keep it off.
     """
     def __init__(self):
         super().__init__()
@@ -826,7 +829,9 @@ def sample(tokenizer, prior, labels, *, size=None, known=None, temperature=1.0, 
     Raises UserError for a grid smaller than trained, a top_k above V, guidance without dropped labels.
     """
     s, B, gpt, V = prior.window, len(labels), prior.transformer, tokenizer.codebook_size
-    h, w = size or (s, s)
+    h, w = size or (labels.shape[1:] if labels.ndim == 3 else (s, s))
+    if (labels.ndim == 3) == (prior.kind == "class") or labels.ndim == 3 and labels.shape[1:] != (h, w):
+        raise UserError(f"labels {tuple(labels.shape)} do not fit {h} x {w} codes drawn from {prior.kind}")
     if min(h, w) < s:
         raise UserError(f"{h} x {w} codes are too few: this GPT was trained on {s} x {s}, draw at least as many")
     if not 0 <= top_k <= V or not 0 < top_p <= 1:
@@ -887,6 +892,11 @@ def backward(loss, optimizer):
 
 def train_tokenizer(config, data, run, stage="tokenizer"):
     """Autoencoder and discriminator in turn; stage "condition": of the condition's maps. Returns the VQGAN."""
+    if config.condition == "segmentation":
+        raise UserError("segmentation maps must come with the data: train with edges or depth")
+    if config.disc_weight and config.resolution >> config.disc_layers < 3 or config.lpips and config.resolution < 16:
+        raise UserError(f"images of {config.resolution} pixels are too small for disc_layers {config.disc_layers} or for "
+                        f"LPIPS: take fewer layers, or --disc-weight 0")
     torch.manual_seed(config.seed)
     channels = MAPS[config.condition] if stage == "condition" else 3
     tokenizer = VQGAN(config, channels).to(run.device)
@@ -938,7 +948,7 @@ def tokenize(config, data, tokenizer, prior, split, device):
     cut, offsets = crop_data(config, data)
     (images, conditions), size = getattr(cut, split), config.image_size
     tokens, maps = [], []
-    for part in tqdm(images.split(100), f"tokens of the {split} images", leave=False, disable=None):
+    for part in tqdm(images.split(32), f"tokens of the {split} images", leave=False, disable=None):
         part = part.to(device) / 127.5 - 1
         tokens.append(tokenizer.encode(part).cpu())
         if config.condition in MAPS:
@@ -995,7 +1005,8 @@ def train_prior(config, data, run, tokenizer):
           f"{math.log(config.codebook_size):.3f} if all codes were alike, {perplexity.log():.3f} without context")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
-        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))     # dropout's
+        rank = dist.get_rank() if dist.is_initialized() else 0                  # dropout: every process its own
+        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)) + rank)
         index = torch.randint(len(all_tokens), (config.batch_size_prior,), generator=generator)
         tokens, labels = all_tokens[index].flatten(1), conditions[index]
         keep = torch.rand(tokens.shape, generator=generator) < config.pkeep     # the target stays clean
@@ -1021,7 +1032,7 @@ RELEASES = {    # what the released checkpoints were built from; the VQGANs of f
     "ffhq_transformer": dataclasses.replace(PRESETS["faces256"], condition="class", width=1664, block_size=256),
     "drin_transformer (depth)": dataclasses.replace(PRESETS["faces256"], condition="depth"),
     "sflckr_transformer": dataclasses.replace(PRESETS["faces256"], condition="segmentation"),
-    "gumbel_f8": dataclasses.replace(PRESETS["faces256"], ch_mult=(1, 1, 2, 4), attn_resolutions=(32,),
+    "gumbel_f8": dataclasses.replace(PRESETS["faces256"], ch_mult=(1, 1, 2, 4), attn_resolutions=(32,), block_size=0,
                                      quantizer="gumbel", codebook_size=8192, kl_weight=1e-8, condition="class")}
 
 
@@ -1031,12 +1042,13 @@ def official_config(official):
     if "transformer_config" not in p:
         d, loss = p["ddconfig"], (p.get("lossconfig") or {}).get("params", {})
         names = "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"
-        return Config(
-            **{name: d[name] for name in names}, image_size=d["resolution"], codebook_size=p["n_embed"],
-            code_dim=p["embed_dim"], groups=32, quantizer="gumbel" if "temperature_scheduler_config" in p else "vq",
-            beta=p.get("beta", 0.25), legacy=p.get("legacy", True), kl_weight=p.get("kl_weight", 5e-4),
-            codebook_ema=0.0, restart=0, num_classes=0, lpips="download", guidance=1.0, top_p=1.0,
-            disc_width=loss.get("disc_ndf", 64), disc_layers=loss.get("disc_num_layers", 3)), None
+        return Config(**RELEASE | {name: d[name] for name in names} | dict(
+            image_size=d["resolution"], codebook_size=p["n_embed"], code_dim=p["embed_dim"], num_classes=0,
+            quantizer="gumbel" if "temperature_scheduler_config" in p else "vq", kl_weight=p.get("kl_weight", 1e-8),
+            beta=p.get("beta", 0.25), legacy=p.get("legacy", True), disc_width=loss.get("disc_ndf", 64),
+            disc_layers=loss.get("disc_num_layers", 3), disc_start=loss.get("disc_start", 0), top_k=0,
+            disc_weight=loss.get("disc_weight", 1.0), codebook_weight=loss.get("codebook_weight", 1.0),
+            perceptual_weight=loss.get("perceptual_weight", 1.0), gan=loss.get("disc_loss", "hinge"))), None
     t, cond = p["transformer_config"], p["cond_stage_config"]
     t, arguments = t.get("params", t), cond.get("params", {}) if isinstance(cond, dict) else {}
     maps = official_config(cond)[0] if "ddconfig" in arguments else None
@@ -1049,7 +1061,8 @@ def official_config(official):
 
 def assemble(config, state, maps=None):
     """The module, without weights, whose parts the names in state ask for."""
-    channels = {name: len(w[0]) for name, w in state.items() if name.endswith("encoder.conv_in.weight")}
+    channels = {name: len(w[0]) for name, w in state.items()
+                if name.endswith("encoder.conv_in.weight") and w.ndim == 4}
     if "transformer.tok_emb.weight" in state:
         stage = channels.get("cond_stage_model.encoder.conv_in.weight")
         model = Net2Net(config, VQGAN(maps or config, stage) if stage else None)
@@ -1069,8 +1082,16 @@ def read_weights(source):
         stub = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
         torch.serialization.add_safe_globals([stub])
         with explain(f"{source} cannot be read as a checkpoint", "give a .ckpt or .pth of the release"):
-            source = torch.load(source, map_location="cpu", weights_only=True)
-    return source.get("state_dict", source)
+            loaded = torch.load(source, map_location="cpu", weights_only=True)
+    else:
+        loaded = source
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in state.items()):
+        hint = "it is a run of this script: name its folder" if isinstance(loaded, dict) and "progress" in loaded else \
+            "give a .ckpt or .pth of the release"
+        raise UserError(f"{'the dict' if isinstance(source, dict) else source} holds no names and tensors: {hint}")
+    return state
 
 
 def from_official(source, config=None):
@@ -1091,15 +1112,15 @@ def from_official(source, config=None):
         wrong = [name for name in {**state, **shapes} if name not in state and name not in buffers
                  or name in state and state[name].shape != shapes.get(name)]
         if best is None or len(wrong) < len(best[0]):
-            best = wrong, model, candidate
-    wrong, model, candidate = best
+            best = wrong, model, candidate, buffers
+    wrong, model, candidate, buffers = best
     if wrong:
         name = "the state dict" if isinstance(source, dict) else source
         raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     if not buffers.keys() <= state.keys():                                      # left out of the file: they start anew
         fresh = assemble(candidate[0], state, candidate[1]).state_dict()
-        state |= {name: fresh[name] for name in dict(model.named_buffers()) if name not in state}
+        state |= {name: fresh[name] for name in buffers if name not in state}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -1112,6 +1133,8 @@ def load_lpips(lpips, config):
     if Path(config.lpips).is_file():
         state, prefix = read_weights(config.lpips), "loss.perceptual_loss."
         state = {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+    elif config.lpips != "download" and not Path(config.lpips).is_dir():
+        raise UserError(f"--lpips {config.lpips} is no file and no folder: give download, or one of these")
     else:
         folder = Path(config.data_dir if config.lpips == "download" else config.lpips)
         vgg, lin = (torch.load(io.BytesIO(*fetch(name, folder)), map_location="cpu", weights_only=True)
@@ -1145,7 +1168,9 @@ def check(config):
                           "crop disc_start disc_weight perceptual_weight codebook_weight beta kl_weight clip", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
-    for name in ("codebook_ema", "dropout", "pkeep", "label_dropout", "top_p"):
+    need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
+    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
+    for name in ("codebook_ema", "dropout", "pkeep", "label_dropout"):
         need(0 <= getattr(c, name) <= 1, f"{name} is {getattr(c, name)}: 0 to 1")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
@@ -1154,6 +1179,12 @@ def check(config):
     need(c.width % c.heads == 0, f"width {c.width} is not divisible by heads, {c.heads}")
     need(c.crop <= c.image_size, f"crop {c.crop} is larger than the images, {c.image_size}")
     need(c.resolution % c.f == 0, f"images of {c.resolution} pixels are not divisible by f = {c.f}")
+    N = (c.resolution // c.f) ** 2
+    longest = N if c.condition == "class" else 2 * N - 1
+    need(c.block_size == 0 or c.block_size >= longest, f"block_size {c.block_size}: 0, or at least {longest} here")
+    need(c.vocab_size == 0 or c.vocab_size >= c.codebook_size,
+         f"vocab_size {c.vocab_size}: 0, or at least {c.codebook_size}")
+    need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
     need(c.quantizer == "vq" or c.z_channels == c.code_dim, "gumbel needs z_channels equal to code_dim (release: 256)")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
     need(c.num_classes < (c.vocab_size or c.codebook_size),
@@ -1607,7 +1638,7 @@ def train_command(args):
             asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
         saved = run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if saved.get(name) != value and name not in ("data", "data_dir")]     # they may have moved
+                 if saved.get(name) != value and name not in ("data", "data_dir", "lpips")]    # they may have moved
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         run.config = dataclasses.replace(run.config, **fields)
@@ -1661,6 +1692,8 @@ def load(args):
     tokenizer, prior = (model, None) if isinstance(model, VQGAN) else (model.first_stage_model, model)
     if prior is None and args.verb != "reconstruct":
         raise UserError(f"{args.official} is a tokenizer without a GPT: use it with reconstruct")
+    if tokenizer is None or tokenizer.channels != 3:
+        raise UserError(f"{args.official} holds no tokenizer of images: use it in Python, with from_official")
     run = Run.__new__(Run)                                                      # no folder: pictures go to this one
     run.config, run.folder = model.config, Path(".")
     run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1669,7 +1702,7 @@ def load(args):
 
 
 def load_test(args, run):
-    """Test images (N, 3, H, W) in [-1, 1] of the run's data as training saw them, their labels, the cropped Data."""
+    """Test images (N, 3, H, W) in [-1, 1] as training saw them, cropped; their labels; the Data before cropping."""
     config = dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)
     data = load_data(config)
     images, labels = crop_data(config, data)[0].test
@@ -1699,8 +1732,9 @@ def draw_images(args, run, tokenizer, prior, labels, known=None, size=None):
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, label_dropout=0.1, seed=args.seed, **settings))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
-    for start in range(0, len(labels), 64):                                     # 64 at a time: the caches take memory
-        k = slice(start, start + 64)
+    many = max(1, min(64, 2 ** 20 // run.config.resolution ** 2))               # caches and decoder take memory
+    for start in range(0, len(labels), many):
+        k = slice(start, start + many)
         parts.append(sample(tokenizer, prior, labels[k].to(run.device), known=None if known is None else known[k],
                             size=size, generator=generator, **settings).cpu())
     return torch.cat(parts)
@@ -1715,6 +1749,8 @@ def grid_size(args, run, tokenizer):
 
 
 def sample_command(args, run, tokenizer, prior):
+    if prior.kind in MAPS and getattr(args, "official", None):
+        raise UserError(f"this model draws from {prior.kind}: use paint, with photos")
     if prior.kind in MAPS:
         return paint_command(argparse.Namespace(**vars(args), photos=[], data_dir=None), run, tokenizer, prior)
     h, w = grid_size(args, run, tokenizer)
@@ -1731,6 +1767,7 @@ def sample_command(args, run, tokenizer, prior):
     show(args, run, images, "samples.png", columns, "complete")
 
 
+@torch.no_grad()
 def complete_command(args, run, tokenizer, prior):
     """Each row: an image, what the model is shown of it, and what it makes of that."""
     if prior.kind != "class":
@@ -1751,6 +1788,7 @@ def complete_command(args, run, tokenizer, prior):
     show(args, run, torch.cat([shown, drawn], 1).flatten(0, 1), "completions.png", 2 + num, "evaluate")
 
 
+@torch.no_grad()
 def paint_command(args, run, tokenizer, prior):
     """Each row: an image, its map (edges, depth), the map as its codes have it, and images drawn from these codes."""
     if prior.kind not in ("edges", "depth"):
@@ -1763,9 +1801,11 @@ def paint_command(args, run, tokenizer, prior):
     show(args, run, torch.cat([images[:, None], maps, drawn], 1).flatten(0, 1), "paintings.png", 3 + num, "evaluate")
 
 
+@torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
-    again = tokenizer.decode(tokenizer.encode(images.to(run.device))).clamp(-1, 1).cpu()
+    parts = [tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu() for part in images.split(8)]
+    again = torch.cat(parts)
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
     show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
 
@@ -1776,14 +1816,14 @@ def evaluate_command(args, run, tokenizer, prior):
     images, _, data = load_test(args, run)
     tokens, conditions = tokenize(run.config, data, tokenizer, prior, "test", run.device)
     quality, nats = [], []
-    for x, t, c in zip(images.split(100), tokens.split(100), conditions.split(100)):
+    for x, t, c in zip(images.split(32), tokens.split(32), conditions.split(32)):
         x, t, c = x.to(run.device), t.to(run.device), c.to(run.device)
         quality.append(psnr(x, tokenizer.decode(t).clamp(-1, 1)).cpu())
         nats.append(prior.loss(t.flatten(1), c)[0] * len(t))
     (share, perplexity), nats, L = use(tokens, tokenizer), float(sum(nats)) / len(tokens), tokens[0].numel()
-    start, num = time.time(), 16
-    sample(tokenizer, prior, conditions[:num].to(run.device), top_k=run.config.top_k,
-           generator=torch.Generator(run.device).manual_seed(0)).cpu()
+    start, num, c = time.time(), len(conditions[:16]), run.config
+    sample(tokenizer, prior, conditions[:num].to(run.device), top_k=c.top_k, top_p=c.top_p,
+           guidance=c.guidance if c.num_classes else 1.0, generator=torch.Generator(run.device).manual_seed(0)).cpu()
     seconds = time.time() - start
     report = dict(
         file=f"{NAME}.py", data=run.config.data, parameters_tokenizer=sum(p.numel() for p in tokenizer.parameters()),

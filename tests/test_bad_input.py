@@ -247,7 +247,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(module, fails, run):
 # --- vqgan_gpt.py
 
 TINY_VQGAN = ["--num-classes", "2", "--image-size", "8", "--ch-mult", "1", "1", "--layers", "1", "--width", "8", "--heads", "2", "--batch-size", "2",
-              "--batch-size-prior", "2", "--train-steps-tokenizer", "1", "--train-steps-prior", "1", "--disc-start", "9"]
+              "--batch-size-prior", "2", "--train-steps-tokenizer", "1", "--train-steps-prior", "1", "--disc-start", "9", "--disc-layers", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -281,10 +281,16 @@ def vqgan(trained_vqgan, tmp_path):
     (["--gan", "wgan"], ["wgan", "hinge, vanilla"]),
     (["--ch-mult"], ["ch_mult"]),
     (["--ch-mult", "1", "x"], ["--ch-mult", "x"]),
-    (["--crop", "64"], ["crop 64", "32"]),
+    (["--crop", "64"], ["crop 64", "24"]),
     (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
     (["--pkeep", "-1"], ["pkeep is -1"]),
-    (["--lpips", "no/such.ckpt", "--data-dir", "nowhere"], ["cannot download", "vgg16"]),
+    (["--lpips", "download", "--data-dir", "nowhere"], ["cannot download", "vgg16"]),
+    (["--lpips", "no/such.ckpt"], ["no/such.ckpt", "no file and no folder"]),
+    (["--block-size", "5"], ["block_size 5", "at least 36"]),
+    (["--vocab-size", "10"], ["vocab_size 10"]),
+    (["--image-size", "8", "--disc-layers", "2"], ["disc_layers 2", "too small"]),
+    (["--condition", "segmentation", "--num-classes", "0"], ["segmentation maps"]),
+    (["--guidance", "nan"], ["guidance is nan"]),
 ], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
 def test_vqgan_command_lines(fails, words, says, tmp_path, monkeypatch):
     import vqgan_gpt
@@ -343,6 +349,10 @@ def test_checkpoint_of_another_model(fails, vqgan, tmp_path):
     torch.save({"state_dict": {f"layers.{i}.weight": torch.zeros(2) for i in range(7)}}, tmp_path / "other.ckpt")
     line = fails(module, "reconstruct", "--official", tmp_path / "other.ckpt", says=["other.ckpt", "do not fit", "layers.0.weight", "layers.4.weight"])
     assert "layers.5" not in line
+    for content in ({"state_dict": None}, {1: torch.zeros(1)}, torch.zeros(3), [1, 2]):
+        torch.save(content, tmp_path / "odd.ckpt")
+        fails(module, "reconstruct", "--official", tmp_path / "odd.ckpt", says=["odd.ckpt holds no names and tensors"])
+    fails(module, "reconstruct", "--official", run / "checkpoint.pt", says=["a run of this script"])
 
 
 def test_vqgan_folder_and_tuples_on_the_command_line(vqgan, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-
 ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class"}        # for slow tests: one variant of each file
 
 

@@ -14,8 +14,25 @@ import torch.nn.functional as F
 from conftest import CASES
 
 import vqgan_gpt
-from vqgan_gpt import (VQGAN, Config, CoordStage, GumbelQuantizer, Net2Net, ResnetBlock, UserError, VectorQuantizer, VQLPIPSWithDiscriminator,
-                       build_prior, build_tokenizer, condition_map, draw, filter_logits, from_official, nearest, sample)
+from vqgan_gpt import (
+    VQGAN,
+    Config,
+    CoordStage,
+    GumbelQuantizer,
+    Net2Net,
+    ResnetBlock,
+    UserError,
+    VectorQuantizer,
+    VQLPIPSWithDiscriminator,
+    build_prior,
+    build_tokenizer,
+    condition_map,
+    draw,
+    filter_logits,
+    from_official,
+    nearest,
+    sample,
+)
 
 TINY = Config(**CASES["vqgan_gpt-class"][1])
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -191,6 +208,9 @@ def test_cache_equals_full_pass_in_parts_of_any_length():
     with torch.no_grad():
         parts = [gpt(tokens[:, :5], cache), *(gpt(tokens[:, i:i + 1], cache) for i in range(5, 12))]
         torch.testing.assert_close(torch.cat(parts, 1), gpt(tokens), rtol=1e-10, atol=1e-10)
+        cache = gpt.new_cache()
+        parts = [gpt(part, cache) for part in tokens.split([5, 4, 1, 2], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), gpt(tokens), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="block_size"):
         gpt(torch.zeros(1, gpt.block_size + 1, dtype=torch.long))
 
@@ -287,6 +307,8 @@ def test_top_k_above_the_vocabulary_is_one_line():
         sample(tokenizer, prior, torch.zeros(1, dtype=torch.long), top_k=17)
     with pytest.raises(UserError, match="at least as many"):
         sample(tokenizer, prior, torch.zeros(1, dtype=torch.long), size=(3, 8))
+    with pytest.raises(UserError, match="do not fit"):
+        sample(tokenizer, prior, torch.zeros(1, 4, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("kind", ["class", "coordinates"])
@@ -529,7 +551,7 @@ def test_samples_from_released_weights(tmp_path, capsys, fails, monkeypatch):
     """The command line over checkpoints: a tokenizer alone reconstructs, a transformer with its tokenizer samples."""
     from PIL import Image
     monkeypatch.chdir(tmp_path)
-    small = dataclasses.replace(config(num_classes=4, label_dropout=0.0))
+    small = config(num_classes=4, label_dropout=0.0, guidance=1.0)
     monkeypatch.setattr(vqgan_gpt, "RELEASES", {"small": small})
     Image.new("RGB", (20, 30), (200, 30, 30)).save("photo.png")
     state = {name: value for name, value in VQGAN(small).state_dict().items() if name != "quantize.idle"}
