@@ -895,7 +895,7 @@ def train_tokenizer(config, data, run, stage="tokenizer"):
     if config.condition == "segmentation":
         raise UserError("segmentation maps must come with the data: train with edges or depth")
     if config.disc_weight and config.resolution >> config.disc_layers < 3 or config.lpips and config.resolution < 16:
-        raise UserError(f"images of {config.resolution} pixels are too small for disc_layers {config.disc_layers} or for "
+        raise UserError(f"images of {config.resolution} pixels are too small for disc_layers {config.disc_layers} or "
                         f"LPIPS: take fewer layers, or --disc-weight 0")
     torch.manual_seed(config.seed)
     channels = MAPS[config.condition] if stage == "condition" else 3
@@ -1826,7 +1826,8 @@ def evaluate_command(args, run, tokenizer, prior):
            guidance=c.guidance if c.num_classes else 1.0, generator=torch.Generator(run.device).manual_seed(0)).cpu()
     seconds = time.time() - start
     report = dict(
-        file=f"{NAME}.py", data=run.config.data, parameters_tokenizer=sum(p.numel() for p in tokenizer.parameters()),
+        file=f"{NAME}.py", data=Path(run.config.data).name, image_size=run.config.resolution,
+        parameters_tokenizer=sum(p.numel() for p in tokenizer.parameters()),
         parameters_prior=sum(p.numel() for p in prior.transformer.parameters()), samples_per_second=num / seconds,
         psnr=float(torch.cat(quality).mean()), codebook_size=tokenizer.codebook_size, codebook_use=float(share),
         perplexity=float(perplexity), nats_per_token=nats, nats_per_image=nats * L, tokens_per_image=L,
