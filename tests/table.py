@@ -15,7 +15,7 @@ COLUMNS = {   # heading: report -> cell
     "on": lambda r: r["device"],
     "PSNR": lambda r: f"{r['psnr']:.1f} dB",
     "NLL": lambda r: f"{r['nats_per_token']:.4f} nats/token, {r['nats_per_image']:.2f} nats/image",
-    "class agreement": lambda r: f"{100 * r['class_agreement']:.0f} % (judge: {100 * r['judge_accuracy']:.0f} %)" if "class_agreement" in r else "no classes",
+    "class agreement": lambda r: f"{100 * r['class_agreement']:.0f} % (judge: {100 * r['judge_accuracy']:.0f} %)" if "class_agreement" in r else "not judged",
     "samples/s": lambda r: f"{r['samples_per_second']:.2f}",
     "memory": lambda r: f"{r['peak_memory_mib']:,} MiB",
     "printed by": lambda r: f"`{r['command']}`",
@@ -23,7 +23,8 @@ COLUMNS = {   # heading: report -> cell
 
 
 def table(folder=REPORTS):
-    rows = [json.loads(path.read_text()) | {"preset": path.stem.partition("_")[2]} for path in sorted(folder.glob("*.json"))]
+    rows = [json.loads(path.read_text()) | {"stem": path.stem} for path in sorted(folder.glob("*.json"))]
+    rows = [row | {"preset": row["stem"].removeprefix(row["file"][:-3] + "_")} for row in rows]
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
