@@ -3,9 +3,10 @@
 Forward and backward of one batch of 16 x 256 latents (16 images of 256 px at f = 16) to 16,384 codes of width 256, both codebooks
 trained by gradient; then the memory each takes at its peak, in a process of its own.
 """
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from common import compare
@@ -36,14 +37,19 @@ def step(make):
     return run
 
 
+def peak():
+    """Largest resident memory of this process in MiB (getrusage would inherit the parent's)."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:                                                       # the peak of one of the two
-        run, before = step({"ours": ours, "package": package}[sys.argv[1]]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run, before = step({"ours": ours, "package": package}[sys.argv[1]]), peak()
         run()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+        print(peak() - before)
     else:
         compare(f"{B * SIDE * SIDE} latents, {V:,} codes of {E}, forward and backward: vector-quantize-pytorch against ours",
                 step(package), step(ours))
         for name in ("package", "ours"):
-            peak = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True).stdout.strip()
-            print(f"{name}: {peak} MiB more at the peak of a step than before it")
+            more = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True).stdout.strip()
+            print(f"{name}: {more} MiB more at the peak of a step than before it")
