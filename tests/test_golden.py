@@ -22,6 +22,7 @@ from golden import check, fill, make_input  # noqa: E402
 
 import pixelcnn  # noqa: E402
 import vqgan_gpt  # noqa: E402
+import vqvae2  # noqa: E402
 
 FILES = sorted(path for path in Path(os.environ.get("GOLDEN_DIR", HERE / "golden")).glob("*_*_*.json"))
 
@@ -370,6 +371,132 @@ def vqgan_gpt_sliding(golden, inputs):
         vqgan_gpt.sample(tokenizer, prior, inputs["cond"].view(1, h, w), size=(h, w), trace=trace)
     logits = torch.cat([step["logits"] for step in trace])
     return out | {"steered/tokens": trace[-1]["tokens"], "steered/logits": logits, "steered/logits_last_row": logits[-w:]}
+
+
+def vqvae2_tokenizer_of(golden, inplace_relu=False, scale=1.4):
+    """The tokenizer with weights scaled and codebooks as the files' notes say (cluster sizes: as new)."""
+    params = params_of(golden)
+    params = {name: 4 * p if name.endswith("embed") else scale * p if name.endswith("weight") else p for name, p in params.items()}
+    return vqvae2.from_official(params, golden["config"], inplace_relu=inplace_relu)
+
+
+def scalars(out):
+    """These files record numbers as arrays of one element."""
+    return {name: value.reshape(1) if value.ndim == 0 else value for name, value in out.items()}
+
+
+def coloured(inputs, name="image"):
+    return 0.5 * inputs[name] + inputs[f"{name}_colours"].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+@checks("vqvae2_tokenizer")
+def vqvae2_tokenizer(golden, inputs):
+    wanted, image, results = golden["outputs"], coloured(inputs), {}
+    for prefix, inplace in (("", False), ("inplace/", True)):
+        net, out = vqvae2_tokenizer_of(golden, inplace), {}
+        modules = {name.removeprefix(prefix): vqvae2.ours(name.removeprefix(prefix)) for name in wanted if name.startswith(prefix)}
+        modules |= {"z_t": "quantize_conv.0", "z_b": "quantize_conv.1"}
+        with recorded(net, modules.values()) as seen:
+            again, losses = net(image)
+        out |= {name: seen[module] for name, module in modules.items() if module in seen}
+        codes, beta = net.codes(image), net.config.beta
+        out |= {"id_t": codes[0], "id_b": codes[1], "quant_t": net.quantize[0].lookup(codes[0]), "quant_b": net.quantize[1].lookup(codes[1])}
+        out |= {f"diff_{t}": q(z)[2] / beta for t, q, z in (("t", net.quantize[0], out["z_t"]), ("b", net.quantize[1], out["z_b"]))}
+        loss, metrics = vqvae2.tokenizer_loss(image, again, losses["latent_loss"])
+        out |= {"rec": again, "diff": losses["latent_loss"] / beta, "mse": metrics["mse"], "loss": loss}
+        out["decode_code"] = net.decode([inputs["code_t"], inputs["code_b"]])
+        torch.testing.assert_close(net.decode(codes), again)
+        net.zero_grad()
+        (1000 * loss).backward()
+        gradients = {name: p.grad for name, p in net.named_parameters()}
+        out |= {name: gradients[vqvae2.ours(name[9:])] for name in wanted if name.startswith("grad1000/")}
+        results |= {prefix + name: value for name, value in out.items()}
+    return scalars(results)
+
+
+@checks("vqvae2_ema")
+def vqvae2_ema(golden, inputs):
+    c, out = golden["config"], {}
+    embed = 4 * torch.from_numpy(np.asarray(fill("embed", (c["embed_dim"], c["n_embed"])))).T
+
+    def quantizer(codebook):
+        made = vqvae2.Quantizer(c["n_embed"], c["embed_dim"], codebook, c["decay"], beta=1.0)
+        made.embed.copy_(embed)
+        if codebook == "release":
+            made.embed_avg.copy_(embed)
+        return made
+    warm = quantizer("release")
+    warm.cluster_size.copy_(5 + 4 * inputs["cluster_size"])
+    warm.embed_avg.copy_(embed * warm.cluster_size[:, None])
+    for name, made in (("fresh", quantizer("release")), ("warm", warm), ("sonnet", quantizer("debiased"))):
+        for step in (1, 2):
+            z_q, indices, diff = made(1.5 * inputs[f"z{step - 1}"].permute(0, 3, 1, 2))
+            key = f"{name}/step{step}/"
+            if name == "sonnet":
+                out |= {key + "embeddings": made.embed.T, key + "cluster_size_debiased": made.cluster_size / (1 - c["decay"] ** step),
+                        key + "idx": indices.flatten()}
+            else:
+                out |= {key + "idx": indices, key + "quantize": z_q.permute(0, 2, 3, 1), key + "diff": diff,
+                        key + "cluster_size": made.cluster_size.clone(), key + "embed_avg": made.embed_avg.T.clone(), key + "embed": made.embed.T.clone()}
+            if name == "sonnet":
+                out[key + "embeddings"] = made.embed.T.clone()
+    net = vqvae2_tokenizer_of(golden).train()
+    for q in net.quantize:
+        q.cluster_size.fill_(4)
+        q.embed_avg.copy_(4 * q.embed)
+    optimizer = torch.optim.Adam(net.parameters(), c["lr"])
+    for step in (1, 2):
+        image = coloured(inputs, f"image{step}")
+        again, losses = net(image)
+        loss, metrics = vqvae2.tokenizer_loss(image, again, losses["latent_loss"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        out |= {f"train/step{step}/{name}": value.clone() for name, value in dict(
+            mse=metrics["mse"], diff=losses["latent_loss"] / net.config.beta, loss=loss).items()}
+        for t, q in zip("tb", net.quantize):
+            out |= {f"train/step{step}/quantize_{t}.{name}": value.clone() for name, value in dict(
+                cluster_size=q.cluster_size, embed_avg=q.embed_avg.T, embed=q.embed.T).items()}
+    net.eval()
+    return scalars(out) | {"train/after/rec": net(coloured(inputs, "image2"))[0], "train/after/dec.blocks.0.weight": net.decoders[1][0].weight}
+
+
+@checks("vqvae2_pixelsnail_top")
+@checks("vqvae2_pixelsnail_bottom")
+def vqvae2_pixelsnail(golden, inputs):
+    wanted, codes = golden["outputs"], inputs["codes"]
+    net = vqvae2.from_official(params_of(golden), golden["config"])
+    coarser = [inputs["top_codes"]] if "top_codes" in inputs else []
+    names = {"horizontal": "horizontal", "vertical": "vertical", "cond_resnet": "cond_resnet"}
+    for i, block in enumerate(net.blocks):
+        names |= {f"block{i}": f"blocks.{i}", f"block{i}.key": f"blocks.{i}.key_resblock", f"block{i}.query": f"blocks.{i}.query_resblock",
+                  f"block{i}.attention": f"blocks.{i}.causal_attention"}
+        for j in range(len(block.resblocks)):
+            names |= {f"block{i}.res{j}": f"blocks.{i}.resblocks.{j}", f"block{i}.res{j}.conv1": f"blocks.{i}.resblocks.{j}.conv1"}
+    with recorded(net, names.values()) as seen:
+        logits = net(codes, net.condition(coarser))
+    loss = F.cross_entropy(logits, codes)
+    out = {name: seen[module] for name, module in names.items() if module in seen}
+    out |= {"logits": logits, "loss": loss, "accuracy": (logits.argmax(1) == codes).float().mean(), "background": net.background}
+    (1000 * loss).backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    for name in (name for name in wanted if name.startswith("grad1000/")):
+        out[name] = gradients[vqvae2.ours(name[9:])].reshape(wanted[name]["shape"])
+    if coarser:
+        out["logits_without_condition"] = net(codes)
+    # greedy decoding after the given first row, by the sampler's incremental passes
+    rows, drawn = wanted["greedy"]["shape"][1], torch.zeros_like(codes)
+    drawn[:, 0] = codes[:, 0]
+    with torch.no_grad():
+        condition = net.condition(coarser)
+        with vqvae2.incremental(net, len(codes), codes.shape[2]) as at:
+            for i in range(rows):
+                for j in range(codes.shape[2]):
+                    at[:] = i, j
+                    step = net.position(drawn, i, j, condition)
+                    if i:
+                        drawn[:, i, j] = step.argmax(1)
+    return scalars(out) | {"greedy": drawn[:, :rows]}
 
 
 def read(path):
