@@ -882,8 +882,9 @@ def from_official(source, config=None, inplace_relu=True):
             model = VQVAE(Config(
                 image_size=256, num_classes=0, channels=size("quantize_conv.0.weight", 1),
                 code_dim=size("quantize.0.embed", 1), res_channels=size("encoders.0.3.conv.1.bias"),
-                res_blocks=count(r"encoders\.0\.(\d+)\.conv"), codebook_size=size("quantize.0.embed"), codebook="release", restart=0, inplace_relu=inplace_relu,
-                codebook_decay=given.get("decay", 0.99)) if "quantize.0.embed" in state else Config())
+                res_blocks=count(r"encoders\.0\.(\d+)\.conv"), codebook_size=size("quantize.0.embed"),
+                codebook="release", codebook_decay=given.get("decay", 0.99), restart=0,
+                inplace_relu=inplace_relu) if "quantize.0.embed" in state else Config())
     shapes, derived = {k: v.shape for k, v in model.state_dict().items()}, ("background", "cluster_size", "embed_avg")
     wrong = [k for k in {**state, **shapes} if k not in state and not k.endswith(derived)
              or k in state and state[k].shape != shapes.get(k)]
@@ -1535,7 +1536,8 @@ def evaluate_command(args, run, tokenizer, prior):
         parameters_tokenizer=sum(p.numel() for p in tokenizer.parameters()),
         parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         psnr=float(torch.cat(quality).mean()), codebook_size=tokenizer.codebook_size,
-        codebook_use=sum(shares) / len(shares), codebook_use_levels=shares, perplexity_levels=perplexities,
+        codebook_use=min(shares), perplexity=min(perplexities),                 # of the worse level: no collapse hides
+        codebook_use_levels=shares, perplexity_levels=perplexities,
         nats_per_token=total / sum(lengths), nats_per_token_levels=nats.tolist(), nats_per_image=total,
         tokens_per_image=sum(lengths), unigram_nats_per_token_levels=[math.log(p) for p in perplexities],
         test_images=len(images), peak_memory_mib=peak_memory(), train_steps=sum(run.state["progress"].values()),

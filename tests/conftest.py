@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(image_size=8, train_images=200, test_images=30, batch_size=8, log_every=1, save_every=5)
 VQGAN = dict(ch_mult=(1, 1), code_dim=8, layers=2, heads=2, width=16, disc_layers=1, disc_width=8, warmup=2, pkeep=0.9, lr_prior=1e-2,
              batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
+SMALL = TINY | dict(image_size=16)
+VQVAE2 = dict(channels=8, res_channels=4, res_blocks=1, code_dim=4, width=(8, 8, 8), res_width=(8, 8, 8), block_layers=(1, 1, 1), kernel=3,
+              cond_width=(4, 4, 4), cond_blocks=(0, 1, 1), warmup=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8,
+              train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -25,6 +29,9 @@ CASES = {   # name: (file, fields of its tiny Config)
     "vqgan_gpt-start": ("vqgan_gpt", dict(codebook_size=16, num_classes=0, label_dropout=0.0, codebook_ema=0.9, disc_weight=0.0, **VQGAN, **TINY)),
     "vqgan_gpt-edges": ("vqgan_gpt", dict(codebook_size=16, num_classes=0, label_dropout=0.0, condition="edges", codebook_ema=0.0, disc_weight=0.0, **VQGAN, **TINY)),
     "vqgan_gpt-gumbel": ("vqgan_gpt", dict(codebook_size=16, quantizer="gumbel", z_channels=8, disc_start=4, **VQGAN, **TINY)),
+    "vqvae2-two": ("vqvae2", dict(codebook_size=16, codebook="ema", restart=3, blocks=(2, 1), heads=(2, 0), out_blocks=(1, 0), **VQVAE2, **SMALL)),
+    "vqvae2-one": ("vqvae2", dict(blocks=(1,), heads=(2,), out_blocks=(0,), dropout=(10,), codebook_size=16, levels=1, codebook="gradient", restart=0, num_classes=0, **VQVAE2, **SMALL)),
+    "vqvae2-three": ("vqvae2", dict(blocks=(1, 1, 1), heads=(2, 2, 0), out_blocks=(0, 0, 0), dropout=(0, 10, 0), codebook_size=16, levels=3, codebook="debiased", restart=0, **VQVAE2, **SMALL | dict(image_size=32))),
 }
 FILES = sorted({file for file, _ in CASES.values()})
 
@@ -50,7 +57,7 @@ class Case:
     @property
     def V(self):
         """Values a token can have."""
-        return self.config.levels if hasattr(self.config, "levels") else self.config.codebook_size
+        return getattr(self.config, "codebook_size", 0) or self.config.levels
 
     def condition(self, labels):
         """What prior and sampler are told: labels, or for a prior that is told a map's tokens some of these."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class"}        # for slow tests: one variant of each file
+ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two"}        # for slow tests: one variant of each file
 
 
 def only(case, names=ONE_OF_EACH):
@@ -149,7 +149,8 @@ m.main(sys.argv[1:])
 def test_ctrl_c_saves_and_says_how_to_go_on(case, tmp_path):
     """Planted: KeyboardInterrupt let through (traceback, nothing saved)."""
     only(case)
-    process = start(case, "train", *case.flags(train_steps_prior=3000, save_every=3000), "--out", tmp_path / "run")
+    first = "train_steps_tokenizer" if case.config.train_steps_tokenizer else "train_steps_prior"     # not between two stages
+    process = start(case, "train", *case.flags(**{first: 3000}, save_every=3000), "--out", tmp_path / "run")
     deadline = time.time() + 60
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.02)
