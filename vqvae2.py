@@ -92,28 +92,28 @@ class Config:
     beta: float = 0.25              # weight of the commitment loss
     # priors
     width: tuple = (64, 64)         # features of each level's PixelSNAIL
-    res_width: tuple = (64, 64)     # features inside its gated residual blocks
+    res_width: tuple = (32, 32)     # features inside its gated residual blocks
     blocks: tuple = (1, 1)          # blocks: residual blocks, then attention
     block_layers: tuple = (4, 4)    # gated residual blocks in a block
     heads: tuple = (4, 0)           # heads of the attention that ends a block (0: none)
     cond_width: tuple = (32, 32)    # features of the condition (0: the level is told nothing)
     cond_blocks: tuple = (0, 2)     # residual blocks on the codes of the coarser levels
     out_blocks: tuple = (0, 0)      # residual 1 x 1 blocks before the logits
-    kernel: int = 5                 # n of the causal n x n kernels
+    kernel: int = 3                 # n of the causal n x n kernels (release: 5)
     dropout: tuple = (0, 0)         # dropout inside the residual blocks and of the attention, in per cent
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the priors, over all processes
-    train_steps_tokenizer: int = 1500  # steps of the tokenizer
-    train_steps_prior: int = 3000   # steps of the priors
-    lr_tokenizer: float = 1e-3      # learning rate of Adam for the tokenizer (release: 3e-4)
-    lr_prior: float = 2e-3          # learning rate of Adam for the priors (release: 3e-4)
-    warmup: int = 30                # steps of warm-up; then a cosine to zero (0: constant, as the release)
+    train_steps_tokenizer: int = 2500  # steps of the tokenizer
+    train_steps_prior: int = 4000   # steps of the priors
+    lr_tokenizer: float = 1.5e-3    # learning rate of Adam for the tokenizer (release: 3e-4)
+    lr_prior: float = 3e-3          # learning rate of Adam for the priors (release: 3e-4)
+    warmup: int = 100               # steps of warm-up; then a cosine to zero (0: constant, as the release)
     clip: float = 1.0               # gradients of each prior are scaled down to this norm (0: never, as the release)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
-    temperature: float = 1.0        # logits are divided by it in sampling (the papers: 1)
+    temperature: float = 0.9        # logits are divided by it in sampling (the papers: 1)
     compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
@@ -134,14 +134,15 @@ class Config:
 
 # The papers' sizes (appendix tables); learning rates, and one batch size and one step count for all priors, are ours
 PAPER = dict(channels=128, res_channels=64, code_dim=64, codebook_size=512, codebook="release", codebook_decay=0.99,
-             restart=0, batch_size=128, lr_tokenizer=3e-4, lr_prior=3e-4, warmup=0, clip=0.0, save_every=2000,
-             log_every=50)
+             restart=0, kernel=5, batch_size=128, lr_tokenizer=3e-4, lr_prior=3e-4, warmup=0, clip=0.0,
+             save_every=2000, log_every=50, temperature=1.0)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=32, num_classes=10),
     "cifar10": Config(data="cifar10", num_classes=10, channels=96, res_channels=48, code_dim=32, codebook_size=512,
-                      codebook_decay=0.99, width=(96, 96), res_width=(96, 96), blocks=(2, 2), heads=(4, 0),
-                      cond_width=(64, 64), train_steps_tokenizer=6000, train_steps_prior=8000),
+                      codebook_decay=0.98, width=(64, 96), res_width=(64, 64), blocks=(1, 2), cond_width=(64, 64),
+                      train_steps_tokenizer=6000, lr_tokenizer=1e-3, train_steps_prior=8000, lr_prior=2e-3,
+                      temperature=1.0),
     "imagenet256": Config(**PAPER | dict(
         data="imagenet256", image_size=256, num_classes=1000, width=(512, 512), res_width=(2048, 1024), blocks=(4, 4),
         block_layers=(5, 5), heads=(8, 0), cond_width=(512, 512), cond_blocks=(0, 20), out_blocks=(20, 0),

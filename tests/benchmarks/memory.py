@@ -1,4 +1,4 @@
-"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt]
+"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2]
 
 Weights, gradients, two moments of Adam (16 bytes a parameter; 20 where an average of the weights is kept), and all tensors that
 autograd keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta
@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pixelcnn  # noqa: E402
 import vqgan_gpt  # noqa: E402
+import vqvae2  # noqa: E402
 
 
 def kept_bytes(nets, loss):
@@ -48,7 +49,25 @@ def vqgan_gpt_stages(config):
     yield "prior", config.batch_size_prior, 16, [prior], lambda: prior.loss(tokens, conditions[:, None] if conditions.ndim == 2 else conditions)
 
 
-STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages)}
+def vqvae2_stages(config):
+    tokenizer, images = vqvae2.build_tokenizer(config), torch.zeros(config.batch_size, 3, *[config.image_size] * 2)
+    for quantizer in tokenizer.eval().quantize:                                 # the distances are freed at once
+        quantizer.indices = lambda z: torch.zeros(len(z), *z.shape[2:], dtype=torch.long)
+    yield "tokenizer", config.batch_size, 16, [tokenizer], lambda: tokenizer.decoders[-1](tokenizer.quantized(images)[0]).square().mean()
+    prior = vqvae2.build_prior(config)
+    maps = [torch.zeros(config.batch_size_prior, side, side, dtype=torch.long) for side in config.sides]
+
+    def loss():
+        for level, net in enumerate(prior.levels):
+            condition = None                                                    # of the coarser codes: one_hot knows no meta tensors
+            if net.cond_resnet is not None:
+                one_hot = torch.zeros(config.batch_size_prior, level * config.codebook_size, *[config.sides[level] // 2] * 2)
+                condition = torch.nn.functional.interpolate(net.cond_resnet(one_hot), scale_factor=2)
+            net(maps[level], condition).logsumexp(1).mean()
+    yield "prior", config.batch_size_prior, 16, [prior], loss
+
+
+STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages), "vqvae2": (vqvae2, vqvae2_stages)}
 
 
 if __name__ == "__main__":
