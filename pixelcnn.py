@@ -1100,7 +1100,8 @@ def draw(args, run, tokenizer, prior, labels, known=None):
 def show(args, run, images, name, columns, following):
     """Write a grid of images to --out, or to RUN/name; the last line of a command: that path, and what to try next."""
     save_grid(images, out := args.out or run.folder / name, columns)
-    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
+    official = getattr(args, "official", None)                                  # released weights: no run to go on with
+    print(f"{out}   next: python {NAME}.py {'--help' if official else f'{following} {run.folder}'}")
 
 
 def sample_command(args, run, tokenizer, prior):

@@ -690,7 +690,7 @@ class LPIPS(nn.Module):
         total = 0
         for k, (x, y) in enumerate(zip(self.features(a), self.features(b))):
             difference = (self.unit(x) - self.unit(y)).square()
-            total = total + getattr(self, f"lin{k}").model(difference).mean((2, 3), keepdim=True)
+            total = total + getattr(self, f"lin{k}").model(difference).float().mean((2, 3), keepdim=True)
         return total
 
 
@@ -775,7 +775,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         nll = rec.mean()
         loss, metrics = nll + c.codebook_weight * codebook_loss, {"nll": nll, "codebook_loss": codebook_loss}
         if c.disc_weight and step >= c.disc_start:
-            g = -self.discriminator(again).mean()
+            g = -self.discriminator(again).float().mean()
             weight = adaptive_weight(nll, g, last_layer) * c.disc_weight        # the clamp came before disc_weight
             loss, metrics = loss + weight * g, metrics | {"g_loss": g, "d_weight": weight}
         return loss, metrics
@@ -785,7 +785,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
         Two passes: BatchNorm must not see real and fake images in one batch.
         """
-        real, fake = self.discriminator(images), self.discriminator(again.detach())
+        real, fake = self.discriminator(images).float(), self.discriminator(again.detach()).float()
         return discriminator_loss(self.config.gan, real, fake), {"logits_real": real.mean(), "logits_fake": fake.mean()}
 
 
@@ -1671,7 +1671,8 @@ def read_labels(words, run, num):
 def show(args, run, images, name, columns, following):
     """Write a grid of images to --out, or to RUN/name; the last line of a command: that path, and what to try next."""
     save_grid(images, out := args.out or run.folder / name, columns)
-    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
+    official = getattr(args, "official", None)                                  # released weights: no run to go on with
+    print(f"{out}   next: python {NAME}.py {'--help' if official else f'{following} {run.folder}'}")
 
 
 # Copied from pixelcnn.py
@@ -1849,7 +1850,7 @@ FLAGS = {
     "--official": dict(metavar="CHECKPOINT", help="released weights in place of a run folder"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
-    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
     "--num": dict(type=positive, help="images to draw; for complete and paint: of each image"),
     "--size": dict(type=positive, nargs=2, metavar=("H", "W"), help="pixels of the pictures (default: as trained)"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),

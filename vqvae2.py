@@ -139,9 +139,10 @@ PAPER = dict(channels=128, res_channels=64, code_dim=64, codebook_size=512, code
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=32, num_classes=10),
+    # lr_tokenizer: at 1e-3 the top level collapsed within 300 steps (the bottom alone does), at 5e-4 it is in full use
     "cifar10": Config(data="cifar10", num_classes=10, channels=96, res_channels=48, code_dim=32, codebook_size=512,
                       codebook_decay=0.98, width=(64, 96), res_width=(64, 64), blocks=(1, 2), cond_width=(64, 64),
-                      train_steps_tokenizer=6000, lr_tokenizer=1e-3, train_steps_prior=8000, lr_prior=2e-3,
+                      train_steps_tokenizer=6000, lr_tokenizer=5e-4, train_steps_prior=8000, lr_prior=2e-3,
                       temperature=1.0),
     "imagenet256": Config(**PAPER | dict(
         data="imagenet256", image_size=256, num_classes=1000, width=(512, 512), res_width=(2048, 1024), blocks=(4, 4),
@@ -178,8 +179,8 @@ class Quantizer(nn.Module):
                     and is back after about 1,150 steps at decay 0.99: until then nearly all latents share a few codes
         "debiased"  (sonnet) both averages from 0, divided by 1 - decay^t: an unused code is exactly 0 after step 1
         "gradient"  (VQ-VAE eq. 3) no means: codes are parameters, moved by a loss of their own
-    restart > 0: a code that nothing chose for so many training steps becomes a latent of the batch (of several
-    processes: of the first one's part).   Source: rosinality vqvae.py Quantize; sonnet nets/vqvae.py.
+    restart > 0: a code that nothing chose for so many training steps, or in the first one, becomes a latent of the batch
+    (of several processes: of the first one's part).   Source: rosinality vqvae.py Quantize; sonnet nets/vqvae.py.
     """
     def __init__(self, size, dim, codebook="ema", decay=0.99, beta=0.25, restart=0):
         super().__init__()
@@ -195,7 +196,7 @@ class Quantizer(nn.Module):
             if debiased:
                 self.register_buffer("steps", torch.zeros(()))
         if restart:
-            self.register_buffer("idle", torch.zeros(size))
+            self.register_buffer("idle", torch.full((size,), float(restart)))   # all start at latents of the first batch
 
     def indices(self, z):
         """z (B, E, h, w) -> (B, h, w) int64.  Always float32: in bfloat16 distances tie, and a tie is no choice."""
@@ -1417,7 +1418,8 @@ def read_labels(words, run, num):
 def show(args, run, images, name, columns, following):
     """Write a grid of images to --out, or to RUN/name; the last line of a command: that path, and what to try next."""
     save_grid(images, out := args.out or run.folder / name, columns)
-    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
+    official = getattr(args, "official", None)                                  # released weights: no run to go on with
+    print(f"{out}   next: python {NAME}.py {'--help' if official else f'{following} {run.folder}'}")
 
 
 # Copied from pixelcnn.py

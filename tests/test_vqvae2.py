@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import CASES
 
 import vqvae2
-from vqvae2 import Config, PixelSNAIL, Prior, Quantizer, UserError, VQVAE, from_official, split
+from vqvae2 import VQVAE, Config, PixelSNAIL, Prior, Quantizer, UserError, from_official, split
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Config(**CASES["vqvae2-two"][1])
