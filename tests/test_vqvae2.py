@@ -83,17 +83,23 @@ def test_evaluation_moves_no_code():
 
 
 def test_unused_codes_start_anew():
-    """Planted: idle never reset; means left behind (the code would jump back)."""
+    """At latents of the first batch, then whenever idle for so long. Planted: idle never reset; means left behind (the code would jump back)."""
     torch.manual_seed(0)
     q = Quantizer(16, 4, decay=0.9, restart=3)
-    q.embed[5:] += 100
-    q.embed_avg.copy_(q.embed)
-    for step in range(3):
-        assert (q.embed[5:] > 50).all()
-        q(latents(seed=step), torch.Generator().manual_seed(step))
-    fresh = {tuple(row) for row in latents(seed=2).permute(0, 2, 3, 1).reshape(-1, 4).tolist()}
-    assert all(tuple(row) in fresh for row in q.embed[5:].tolist()) and (q.idle[5:] == 0).all()
+
+    def away():
+        q.embed[5:] += 100
+        q.embed_avg.copy_(q.embed * q.cluster_size[:, None])
+
+    def step(seed):
+        q(latents(seed=seed), torch.Generator().manual_seed(seed))
+        fresh = {tuple(row) for row in latents(seed=seed).permute(0, 2, 3, 1).reshape(-1, 4).tolist()}
+        return [tuple(row) in fresh for row in q.embed[5:].tolist()]
+    away()
+    assert all(step(0)) and (q.idle[5:] == 0).all()
     assert torch.equal(q.embed_avg[5:], q.embed[5:]) and (q.cluster_size[5:] == 1).all()
+    away()
+    assert not any(step(1)) and not any(step(2)) and all(step(3))
 
 
 @pytest.mark.parametrize("config", [TINY, THREE], ids=["two", "three"])
