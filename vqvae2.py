@@ -6,15 +6,16 @@
 
     VQ-VAE    van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, NIPS 2017, arXiv 1711.00937
     VQ-VAE-2  Razavi, van den Oord, Vinyals: Generating Diverse High-Fidelity Images with VQ-VAE-2, arXiv 1906.00446
-    Code      of VQ-VAE-2 was not released. This file computes what rosinality/vq-vae-2-pytorch (the source of the only
-              published checkpoint) and, for its second rule of the codebook, deepmind/sonnet compute: from_official
+    Code      of VQ-VAE-2 was never released. This file computes what rosinality/vq-vae-2-pytorch computes (which made
+              the one published checkpoint: from_official) and has the codebook rule of deepmind/sonnet as an option
 
 The idea. An autoencoder whose latents are rounded, vector by vector, to the nearest of V learned codes: the decoder
-gets integers; the rounding passes gradients straight through. A code is the running mean of the latents that chose it.
-Training is plain squared error, so nothing collapses, but detail that the codes do not carry becomes blur. VQ-VAE-2
-stacks such maps: a small TOP map holds the shape of the whole image; the BOTTOM map, twice as wide, is encoded knowing
-the top and adds the detail. Then an autoregressive prior per map: p(top | class) p(bottom | top, class), each a
-PixelSNAIL, that is, gated causal convolutions, and attention where the map is small enough. One level is VQ-VAE.
+gets integers; the rounding passes gradients straight through. A code is the running mean of the latents that chose it
+(in 2017 also: learned by gradient). Training is plain squared error, no adversary: no mode is dropped, and detail that
+the codes do not carry becomes blur. VQ-VAE-2 stacks such maps: a small TOP map holds the shape of the whole image; the
+BOTTOM map, twice as wide, is encoded knowing the top and adds the detail. Then an autoregressive prior per map:
+p(top | class) p(bottom | top, class), each a PixelSNAIL: gated causal convolutions, and attention where the map is
+small enough. One level is VQ-VAE.
 
     images (B,3,H,W) -> encoder 1/4 -> encoder 1/2 -> nearest code -> top (B,H/8,W/8)
                              '--- + decoded top -----> nearest code -> bottom (B,H/4,W/4);  both -> decoder -> images
@@ -35,7 +36,8 @@ Run
 Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
 Not here   VQ-VAE's WaveNet for speech and its video model. Classifier-based rejection sampling: see the notebook.
 Departs    Three levels and classes are in no released code: built by analogy, from the paper's text. The restart of
-           unused codes is not in the papers (0 in their presets). All levels' priors train in one loop, side by side.
+           unused codes and running means that start from the code itself ("ema") are ours, off in the papers' presets.
+           All levels' priors train in one loop, side by side; one dropout holds for all blocks of a level.
 """
 import argparse
 import contextlib
@@ -174,13 +176,13 @@ class Quantizer(nn.Module):
         cluster_size <- decay cluster_size + (1 - decay) n        embed_avg <- decay embed_avg + (1 - decay) s
         code <- embed_avg / cluster_size, where Laplace smoothing, (c + eps) / (sum c + V eps) * sum c, avoids 0 / 0
     codebook, how it starts:
-        "ema"       cluster_size 1, embed_avg the code itself: nothing jumps
+        "ema"       cluster_size 1, embed_avg the code itself: nothing jumps (a code in no use slowly shrinks to 0)
         "release"   QUIRK: cluster_size 0. A code unused in step 1 is divided by eps, lands 1e5 times its value away,
                     and is back after about 1,150 steps at decay 0.99: until then nearly all latents share a few codes
         "debiased"  (sonnet) both averages from 0, divided by 1 - decay^t: an unused code is exactly 0 after step 1
         "gradient"  (VQ-VAE eq. 3) no means: codes are parameters, moved by a loss of their own
-    restart > 0: a code that nothing chose for so many training steps, or in the first one, becomes a latent of the batch
-    (of several processes: of the first one's part).   Source: rosinality vqvae.py Quantize; sonnet nets/vqvae.py.
+    restart > 0: a code that nothing chose in the first step, or later for so many, becomes a latent of the batch (of
+    several processes: of the first one's part).   Source: rosinality vqvae.py Quantize; sonnet nets/vqvae.py.
     """
     def __init__(self, size, dim, codebook="ema", decay=0.99, beta=0.25, restart=0):
         super().__init__()
@@ -196,7 +198,7 @@ class Quantizer(nn.Module):
             if debiased:
                 self.register_buffer("steps", torch.zeros(()))
         if restart:
-            self.register_buffer("idle", torch.full((size,), float(restart)))   # all start at latents of the first batch
+            self.register_buffer("idle", torch.full((size,), float(restart)))   # step 0 moves all it does not use
 
     def indices(self, z):
         """z (B, E, h, w) -> (B, h, w) int64.  Always float32: in bfloat16 distances tie, and a tie is no choice."""
@@ -235,9 +237,7 @@ class Quantizer(nn.Module):
         if means:
             self.cluster_size.lerp_(count, 1 - self.decay)
             self.embed_avg.lerp_(total, 1 - self.decay)
-            scale = 1.0
-            if self.codebook == "debiased":
-                scale = 1 - self.decay ** self.steps.add_(1)
+            scale = 1 - self.decay ** self.steps.add_(1) if self.codebook == "debiased" else 1
             size = self.cluster_size / scale
             smooth = (size + 1e-5) / (size.sum() + V * 1e-5) * size.sum()
             self.embed.copy_(self.embed_avg / scale / smooth[:, None])
@@ -323,7 +323,7 @@ class VQVAE(nn.Module):
         features, stack, codes, losses = [images], None, [], []
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))                             # the top reads the bottom's features
-        for level, h in enumerate(features[:-1]):
+        for level, h in enumerate(features[:-1]):                               # top first; the last is the image
             if level:
                 h = torch.cat([self.decoders[level - 1](stack), h], 1)          # what coarser levels know already
             z_q, indices, loss = self.quantize[level](self.quantize_conv[level](h), generator)
@@ -342,8 +342,8 @@ class VQVAE(nn.Module):
 
     def decode(self, codes):
         """[indices (B, h, w) of each level], or tokens (B, N) of images of the trained size -> images (B, 3, H, W)."""
-        stack = None
-        for level, indices in enumerate(split(codes, self.config.sides) if isinstance(codes, torch.Tensor) else codes):
+        stack, maps = None, split(codes, self.config.sides) if isinstance(codes, torch.Tensor) else codes
+        for level, indices in enumerate(maps):
             stack = self.stacked(level, stack, self.quantize[level].lookup(indices))
         return self.decoders[-1](stack)
 
@@ -380,8 +380,8 @@ class WNConv2d(nn.Module):
     def __init__(self, in_channels, out_channels, kernel=(1, 1), pad=None, bias=True):
         super().__init__()
         conv, (kh, kw) = nn.Conv2d(in_channels, out_channels, kernel, bias=bias), kernel
-        self.pad, self.fixed, self.bias = pad or (kw // 2, kw // 2, kh // 2, kh // 2), None, conv.bias
-        self.weight_v = conv.weight
+        self.pad, self.fixed = pad or (kw // 2, kw // 2, kh // 2, kh // 2), None        # fixed: see incremental
+        self.weight_v, self.bias = conv.weight, conv.bias
         self.weight_g = nn.Parameter(self.lengths().detach())
 
     def lengths(self):
@@ -407,11 +407,9 @@ class CodeConv2d(WNConv2d):
     """
     def forward(self, codes):
         _, V, kh, kw = self.weight_v.shape
-        table = F.pad(self.weight().permute(2, 3, 1, 0).flatten(0, 1), (0, 0, 0, 1)).flatten(0, 1)    # row V: outside
-        codes = F.pad(codes, self.pad, value=V).unfold(1, kh, 1).unfold(2, kw, 1).flatten(3)
-        codes = codes + (V + 1) * torch.arange(kh * kw, device=codes.device)    # (B, H, W, kh kw)
-        x = F.embedding_bag(codes.flatten(0, 2), table, mode="sum").view(*codes.shape[:3], -1)
-        return (x + self.bias).permute(0, 3, 1, 2)
+        table = F.pad(self.weight().permute(2, 3, 1, 0).flatten(0, 1), (0, 0, 0, 1))   # (kh kw, V + 1, C); V: outside
+        codes = F.pad(codes, self.pad, value=V).unfold(1, kh, 1).unfold(2, kw, 1).flatten(3)    # (B, H, W, kh kw)
+        return (self.bias + sum(map(F.embedding, codes.unbind(3), table))).permute(0, 3, 1, 2)
 
 
 class CausalConv2d(WNConv2d):
@@ -422,12 +420,11 @@ class CausalConv2d(WNConv2d):
     """
     def __init__(self, in_channels, out_channels, kernel):
         super().__init__(in_channels, out_channels, (kernel, kernel), (kernel // 2, kernel // 2, kernel - 1, 0))
-        self.at, self.seen = None, None                                         # see incremental
+        self.at = self.seen = self.above = self.row = None                      # see incremental
 
     def weight(self):
         if self.fixed is None:
-            with torch.no_grad():
-                self.weight_v[:, :, -1, self.weight_v.shape[3] // 2:] = 0
+            self.weight_v.data[:, :, -1, self.weight_v.shape[3] // 2:] = 0
         return super().weight()
 
     def forward(self, x):
@@ -449,16 +446,16 @@ def incremental(net, batch, side):
     the zero padding around them), the attention its keys and values; weights are normalised once.
     """
     at, modules = [0, 0], [module for module in net.modules() if isinstance(module, (WNConv2d, CausalAttention))]
-    for module in modules:
-        if isinstance(module, CausalAttention):
-            module.cache = Cache(side ** 2)
-            continue
-        module.fixed = module.weight()
-        if isinstance(module, CausalConv2d):
-            left, right, top, _ = module.pad
-            module.at, module.row = at, module.fixed[:, :, -1, :left].flatten(1)
-            module.seen = module.fixed.new_zeros(batch, module.fixed.shape[1], top + side, left + side + right)
     try:
+        for module in modules:
+            if isinstance(module, CausalAttention):
+                module.cache = Cache(side ** 2)
+                continue
+            module.fixed = module.weight()
+            if isinstance(module, CausalConv2d):
+                left, right, top, _ = module.pad
+                module.at, module.row = at, module.fixed[:, :, -1, :left].flatten(1)
+                module.seen = module.fixed.new_zeros(batch, module.fixed.shape[1], top + side, left + side + right)
         yield at
     finally:
         for module in modules:
@@ -555,7 +552,7 @@ class PixelBlock(nn.Module):
 
 
 def place_map(side):
-    """Row and column of each position, from -1/2 to 1/2: (1, 2, side, side)."""
+    """Row and column of each position, from -1/2 to 1/2 - 1/side: (1, 2, side, side)."""
     place = (torch.arange(side) - side / 2) / side
     return torch.stack(torch.meshgrid(place, place, indexing="ij"))[None]
 
@@ -563,16 +560,16 @@ def place_map(side):
 class PixelSNAIL(nn.Module):
     """p(code | earlier codes of its level, condition) at every position.   Source: rosinality pixelsnail.py.
 
-    codes (B, H, W) int64, condition (B, cond_width, H, W) -> logits (B, V, H, W). The attention closes the blind spot
-    that one stack of causal convolutions has above on the right (126 of 136 predecessors seen on 16 x 16 without it).
+    codes (B, H, W) int64, condition (B, cond_width, H, W) -> logits (B, V, H, W). A single stack of causal convolutions
+    has a blind spot above on the right, which the attention closes but for ends of rows.
     coarser: how many coarser maps the level is conditioned on; num_classes: classes it is told (not in the release).
     """
     def __init__(self, side, codes, width, kernel, blocks, layers, res_width, heads=8, dropout=0.0, cond_width=0,
                  cond_blocks=0, out_blocks=0, coarser=0, num_classes=0):
         super().__init__()
-        self.codes, self.reach = codes, kernel // 2
-        r, up = kernel // 2, (kernel + 1) // 2
-        # the release's names: `horizontal` sees the rows above, `vertical` a block up to the position, on its left
+        self.codes, self.reach = codes, (r := kernel // 2)
+        up = (kernel + 1) // 2
+        # QUIRK, the names are swapped: `horizontal` sees the rows above, `vertical` the columns on the left
         self.horizontal = CodeConv2d(codes, width, (r, kernel), (r, r, r - 1, 0))
         self.vertical = CodeConv2d(codes, width, (up, r), (r - 1, 0, up - 1, 0))
         self.register_buffer("background", place_map(side))
@@ -588,10 +585,10 @@ class PixelSNAIL(nn.Module):
         self.out = nn.Sequential(*(GatedResBlock(width, res_width, dropout=dropout) for _ in range(out_blocks)),
                                  nn.ELU(), WNConv2d(width, codes))
 
-    def condition(self, coarser=(), classes=None):
-        """coarser: [codes of all coarser levels, top first], classes (B, num_classes) -> (B, cond_width, H, W or 1, 1).
+    def condition(self, coarser=(), labels=None):
+        """coarser: [codes of all coarser levels, top first], labels (B,) -> (B, cond_width, H, W).
 
-        None where the level is told nothing. The residual blocks work on the grid of the next coarser level.
+        (B, cond_width, 1, 1) of a class alone, None where the level is told nothing. The residual blocks work on the grid of the next coarser level.
         """
         condition = None
         if self.cond_resnet is not None:
@@ -599,8 +596,8 @@ class PixelSNAIL(nn.Module):
             maps = [F.one_hot(m, self.codes).permute(0, 3, 1, 2).to(self.background.dtype) for m in coarser]
             x = self.cond_resnet(torch.cat([F.interpolate(m, scale_factor=side // m.shape[2]) for m in maps], 1))
             condition = F.interpolate(x, scale_factor=2)
-        if self.class_embedding is not None and classes is not None:
-            told = (classes.to(self.background.dtype) @ self.class_embedding)[:, :, None, None]
+        if self.class_embedding is not None and labels is not None:             # no class: a row of zeros
+            told = F.embedding(labels, F.pad(self.class_embedding, (0, 0, 0, 1)))[:, :, None, None]
             condition = told if condition is None else condition + told
         return condition
 
@@ -611,8 +608,9 @@ class PixelSNAIL(nn.Module):
 
     def forward(self, codes, condition=None):
         """codes may be the first rows only: later ones cannot matter."""
-        h, w = codes.shape[1:]
-        return self.rest(self.first(codes), self.background[:, :, :h, :w], condition)
+        h = codes.shape[1]
+        condition = None if condition is None else condition[:, :, :h]
+        return self.rest(self.first(codes), self.background[:, :, :h], condition)
 
     def rest(self, x, background, condition):
         background = background.expand(len(x), -1, -1, -1)
@@ -641,35 +639,29 @@ class Prior(nn.Module):
         self.config = c = config
         sizes = zip(c.sides, c.width, c.blocks, c.block_layers, c.res_width, c.heads, c.dropout, c.cond_width,
                     c.cond_blocks, c.out_blocks)
-        self.levels = nn.ModuleList(
-            PixelSNAIL(side, c.codebook_size, width, c.kernel, blocks, layers, res_width, heads, dropout / 100,
-                       cond_width, cond_blocks, out_blocks, level, c.num_classes if cond_width else 0)
-            for level, (side, width, blocks, layers, res_width, heads, dropout, cond_width, cond_blocks, out_blocks)
-            in enumerate(sizes))
+        self.levels = nn.ModuleList()
+        for level, (side, width, blocks, layers, res_width, heads, dropout, cond, *more) in enumerate(sizes):
+            cond = cond if level or c.num_classes else 0                        # a top that is told nothing
+            self.levels.append(PixelSNAIL(side, c.codebook_size, width, c.kernel, blocks, layers, res_width, heads,
+                                          dropout / 100, cond, *more, level, c.num_classes if cond else 0))
         self.register_buffer("codes_of", torch.zeros(32, dtype=torch.uint8))
         self.to(memory_format=torch.channels_last)
 
-    def classes(self, labels):
-        """labels (B,) int64 (num_classes: no class, a zero vector: no term), or None -> (B, num_classes) or None."""
-        if labels is None or not self.config.num_classes:
-            return None
-        return F.one_hot(labels, self.config.num_classes + 1)[:, :-1]
-
     def forward(self, tokens, labels=None):
-        """tokens (B, N) int64, labels (B,) or None -> logits (B, N, V), float32.
+        """tokens (B, N) int64, labels (B,) (num_classes or None: no class) -> logits (B, N, V), float32.
 
         logits[:, i] depends on tokens[:, :i] alone: on all of the coarser levels, on earlier codes of the own one.
         """
-        maps, classes, logits = split(tokens, self.config.sides), self.classes(labels), []
+        maps, logits = split(tokens, self.config.sides), []
         for level, net in enumerate(self.levels):
-            logits.append(net(maps[level], net.condition(maps[:level], classes)).flatten(2).transpose(1, 2))
+            logits.append(net(maps[level], net.condition(maps[:level], labels)).flatten(2).transpose(1, 2))
         logits = torch.cat(logits, 1)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def loss(self, tokens, labels=None):
         """-> mean cross-entropy in nats per token, metrics: nats_0, nats_1 ...: that of each level, per token.
 
-        The levels share no weight: the gradient of each is that of its own likelihood.
+        The levels share no weight: the gradient of each is that of its own likelihood, times its share of the tokens.
         """
         nll = F.cross_entropy(self(tokens, labels).transpose(1, 2), tokens, reduction="none")
         parts = nll.split([side ** 2 for side in self.config.sides], 1)
@@ -682,7 +674,7 @@ def build_prior(config):
 
 # === Losses: squared error and the commitment to the codes ============================================================
 def tokenizer_loss(images, again, latent_loss):
-    """mean (x - again)^2 + beta sum over levels mean (z - sg(z_q))^2 -> loss, metrics (VQ-VAE-2 eq. 2)."""
+    """mean (x - again)^2 + the sum of the levels' latent losses, weighted already -> loss, metrics (VQ-VAE-2 eq. 2)."""
     mse = F.mse_loss(again, images)
     return mse + latent_loss, {"mse": mse, "latent_loss": latent_loss}
 
@@ -694,22 +686,24 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, generator=N
 
     labels (B,) int64 (num_classes: no class). known (B, n) int64: the first n tokens, kept as they are; negative ones
     are drawn. temperature divides the logits. trace: a list that gets {level, position (in tokens), logits (B, V),
-    tokens (B, N)} for each draw. Returns images (B, 3, H, W) in [-1, 1].
+    tokens (B, N) (0 where not drawn yet)} for each draw. Returns images (B, 3, H, W) in [-1, 1].
     """
-    B, sides, classes = len(labels), prior.config.sides, prior.classes(labels)
+    B, sides, n = len(labels), prior.config.sides, 0
     tokens = torch.full((B, sum(side ** 2 for side in sides)), -1, device=labels.device)
     if known is not None:
         tokens[:, :known.shape[1]] = known
-    given, maps, n = (tokens >= 0).all(0).tolist(), split(tokens.clamp_(min=0), sides), 0
+    kept = tokens >= 0
+    tokens[~kept] = 0
+    maps, drawn = split(tokens, sides), (~kept).any(0).tolist()                 # maps: views of tokens
     for level, net in enumerate(prior.levels):
-        condition = net.condition(maps[:level], classes)                        # once for the whole level
+        condition = net.condition(maps[:level], labels)                         # once for the whole level
         with incremental(net, B, sides[level]) as at:
             for place in range(sides[level] ** 2):
                 at[:] = i, j = divmod(place, sides[level])
                 logits = net.position(maps[level], i, j, condition)             # known codes too: the caches need them
-                if not given[n]:
-                    p = (logits / temperature).softmax(-1)
-                    maps[level][:, i, j] = torch.multinomial(p, 1, generator=generator)[:, 0]       # a view of tokens
+                if drawn[n]:
+                    code = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                    tokens[:, n] = torch.where(kept[:, n], tokens[:, n], code)
                     if trace is not None:
                         trace.append({"level": level, "position": n, "logits": logits, "tokens": tokens.clone()})
                 n += 1
@@ -741,7 +735,7 @@ def train_tokenizer(config, data, run):
             again, found = tokenizer(images, generator)
         loss, metrics = tokenizer_loss(images, again.float(), found.pop("latent_loss"))
         backward(loss, optimizer)
-        run.log("tokenizer", step, loss=loss, **metrics, **found)               # raises on NaN before a weight changes
+        run.log("tokenizer", step, loss=loss, **metrics, **found)               # raises on a NaN loss
         set_lr(optimizer, config.lr_tokenizer, step, config.warmup, config.train_steps_tokenizer)
         optimizer.step()
     return tokenizer.eval()
@@ -754,24 +748,24 @@ def tokenize(tokenizer, images, device):
     return torch.cat([tokenizer.encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
 
 
-def fingerprint(tokenizer):
-    """SHA-256 of a tokenizer's weights: uint8 (32,)."""
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
     digest = hashlib.sha256()
-    for value in tokenizer.state_dict().values():
+    for value in (*tokenizer.state_dict().values(), *more):
         digest.update(value.cpu().numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def cached_tokens(tokenizer, data, run):
-    """The training images' tokens, kept in RUN/tokens.npz with the fingerprint of the tokenizer that made them."""
-    mark, path = fingerprint(tokenizer), run.folder / "tokens.npz"
+    """The training images' tokens, kept in RUN/tokens.npz with the fingerprint of the tokenizer and of the data."""
+    mark, path = fingerprint(tokenizer, *data.train), run.folder / "tokens.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if np.array_equal(file["tokenizer"], mark.numpy()):
+            if np.array_equal(file["made_of"], mark.numpy()):
                 return torch.from_numpy(file["tokens"].astype(np.int64))
     tokens = tokenize(tokenizer, data.train[0], run.device)
     if run.is_main:
-        np.savez(buffer := io.BytesIO(), tokenizer=mark.numpy(), tokens=tokens.numpy().astype(np.uint16))
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(np.uint16))
         write_file(path, buffer.getbuffer())
     return tokens
 
@@ -789,24 +783,22 @@ def train_prior(config, data, run, tokenizer):
     torch.manual_seed(config.seed)
     prior = build_prior(config).to(run.device)
     all_tokens, labels = cached_tokens(tokenizer, data, run), data.train[1]
-    yardstick = []
+    if "prior" in run.state["objects"]:                                         # a resumed run
+        prior.load_state_dict(run.state["objects"]["prior"])
+        check_pair(tokenizer, prior, run.folder)
+    prior.codes_of.copy_(fingerprint(tokenizer))
     for level, codes in enumerate(split(all_tokens, config.sides)):
         share, perplexity = use(codes, tokenizer)
-        yardstick.append(f"{perplexity.log():.3f}")
-        print(f"level {level}: {share:.1%} of {config.codebook_size} codes used, perplexity {perplexity:.1f}")
+        print(f"level {level}: {codes[0].numel()} codes an image, {share:.1%} of {config.codebook_size} used, "
+              f"perplexity {perplexity:.1f}: {perplexity.log():.3f} nats per token without context")
         if perplexity < 0.05 * config.codebook_size:
             print(f"warning: the codebook of level {level} collapsed; try --codebook ema --restart 20, a smaller "
                   f"--lr-tokenizer or more --train-steps-tokenizer")
     optimizer = torch.optim.Adam(prior.parameters(), config.lr_prior)
     if config.compile:
         prior.compile()
-    print(f"prior: {' + '.join(f'{sum(p.numel() for p in net.parameters()):,}' for net in prior.levels)} parameters, "
-          f"{' + '.join(str(side ** 2) for side in config.sides)} codes an image; yardsticks in nats per token: "
-          f"{math.log(config.codebook_size):.3f} if all codes were alike, {', '.join(yardstick)} without context")
+    print(f"prior: {' + '.join(f'{sum(p.numel() for p in net.parameters()):,}' for net in prior.levels)} parameters")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, optimizer_prior=optimizer):
-        if step == 0:
-            prior.codes_of.copy_(fingerprint(tokenizer))
-        check_pair(tokenizer, prior, run.folder) if step % config.save_every == 0 else None
         generator = rng(config.seed, step)
         rank = dist.get_rank() if dist.is_initialized() else 0                  # dropout: every process its own
         torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)) + rank)
@@ -816,7 +808,7 @@ def train_prior(config, data, run, tokenizer):
             loss, metrics = prior.loss(tokens, classes)
         backward(loss, optimizer)
         norms = [nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf) for net in prior.levels]
-        run.log("prior", step, loss=loss, grad_norm=max(norms), **metrics)      # raises on NaN before a weight changes
+        run.log("prior", step, loss=loss, grad_norm=torch.stack(norms).max(), **metrics)     # raises on NaN, before it
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
     return prior.eval()
@@ -853,54 +845,51 @@ def read_weights(source):
     for name, value in state.items():
         if value.ndim == 2:                             # the codebook's columns; linear layers: 1 x 1 kernels here
             value = value.T.contiguous() if ".embed" in name else value[:, :, None, None]
-        turned[ours(name)] = value.float()
+        turned[ours(name)] = value.to(torch.float32, copy=True)                 # the caller's tensors stay the caller's
     return turned
 
 
 def from_official(source, config=None, inplace_relu=True):
     """Weights of rosinality/vq-vae-2-pytorch -> VQVAE (two levels), or the PixelSNAIL of one level, in eval mode.
 
-    source: path or state dict. config: the constructor arguments there; what is not given is read off the shapes.
-    inplace_relu: True, as vqvae_560.pt, the one published checkpoint, was trained; False for weights of later code.
-    Every name and shape must fit: else UserError with the first five that do not.
+    source: path or state dict. config: the constructor arguments there, of which shape, dropout and decay are read: the
+    rest is seen by the weights. inplace_relu: True, as vqvae_560.pt, the one published checkpoint, was trained; False
+    for weights of later code. Every name and shape must fit: else UserError with the first five that do not.
     """
     state, given = read_weights(source), config or {}
     name = "the state dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-    with torch.device("meta"):                                                  # shapes only: no time, no memory
+    with explain(f"{name} is none of this paper's models", "its shapes make no sense"), torch.device("meta"):
         if "horizontal.weight_v" in state:
-            side = given.get("shape", state["background"].shape[2:] if "background" in state else [0])[0]
+            side = given["shape"][0] if "shape" in given else size("background", 2)
             if not side:
                 raise UserError(f"{name} does not say its map's side: give config={{'shape': [side, side]}}")
             codes, key = size("horizontal.weight_v", 1), "blocks.0.resblocks.0."
             model = PixelSNAIL(
                 side, codes, size("horizontal.bias"), size("horizontal.weight_v", 3), count(r"blocks\.(\d+)\."),
                 count(r"blocks\.0\.resblocks\.(\d+)"), size(key + "conv1.bias"),
-                given.get("n_head", 8) * ("blocks.0.causal_attention.query.bias" in state), given.get("dropout", 0.1),
+                8 * ("blocks.0.causal_attention.query.bias" in state), given.get("dropout", 0.1),
                 size(key + "condition.weight_v", 1), max(0, count(r"cond_resnet\.(\d+)") - 1),
                 count(r"out\.(\d+)\.conv1"), size("cond_resnet.0.weight_v", 1) // codes)
-        else:
+        else:                                                                   # neither: a model that cannot fit
             model = VQVAE(Config(
                 image_size=256, num_classes=0, channels=size("quantize_conv.0.weight", 1),
-                code_dim=size("quantize.0.embed", 1), res_channels=size("encoders.0.3.conv.1.bias"),
+                code_dim=size("quantize.0.embed", 1), res_channels=size("encoders.0.3.conv.1.bias") or 1,
                 res_blocks=count(r"encoders\.0\.(\d+)\.conv"), codebook_size=size("quantize.0.embed"),
                 codebook="release", codebook_decay=given.get("decay", 0.99), restart=0,
                 inplace_relu=inplace_relu) if "quantize.0.embed" in state else Config())
-    shapes, derived = {k: v.shape for k, v in model.state_dict().items()}, ("background", "cluster_size", "embed_avg")
-    wrong = [k for k in {**state, **shapes} if k not in state and not k.endswith(derived)
-             or k in state and state[k].shape != shapes.get(k)]
+    if isinstance(model, PixelSNAIL):                                           # what a file may leave out: as new
+        state.setdefault("background", place_map(side))
+    for key in [key for key in state if key.endswith(".embed") and isinstance(model, VQVAE)]:
+        state.setdefault(key[:-5] + "cluster_size", torch.zeros(len(state[key])))
+        state.setdefault(key + "_avg", state[key].clone())
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    wrong = [key for key in {**state, **shapes} if key not in state or state[key].shape != shapes.get(key)]
     if wrong:
         raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
-    model.load_state_dict(state, strict=False, assign=True)
-    if isinstance(model, PixelSNAIL) and model.background.is_meta:
-        model.background = place_map(side)
-    for quantizer in getattr(model, "quantize", ()):                            # where a file leaves them out: as new
-        if quantizer.cluster_size.is_meta:
-            quantizer.cluster_size = torch.zeros(len(quantizer.embed))
-        if quantizer.embed_avg.is_meta:
-            quantizer.embed_avg = quantizer.embed.clone()
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -932,7 +921,7 @@ def check(config):
             need(len(values) >= c.levels, f"{name} has {len(values)} numbers: one for each of {c.levels} levels")
             need(min(values) >= least, f"{name} is {values}: at least {least} each")
     need(c.channels % 2 == 0, f"channels is {c.channels}: an even number")
-    need(max(c.dropout) < 100, f"dropout is {c.dropout}: per cent, below 100")
+    need(all(value == 0 or 1 <= value < 100 for value in c.dropout), f"dropout is {c.dropout}: per cent, 1 to 99, or 0")
     need(0 <= c.codebook_decay < 1, f"codebook_decay is {c.codebook_decay}: 0 to 1")
     need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")

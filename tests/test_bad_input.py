@@ -436,8 +436,10 @@ def test_cached_tokens_of_another_tokenizer_are_made_anew(vqvae, fails):
     run, tokenizer, _ = module.load_run(folder)
     data = module.load_data(run.config)
     tokens = module.cached_tokens(tokenizer, data, run)
-    np.savez(folder / "tokens.npz", tokenizer=np.zeros(32, np.uint8), tokens=np.zeros((3, 20), np.uint16))
+    np.savez(folder / "tokens.npz", made_of=np.zeros(32, np.uint8), tokens=np.zeros((3, 20), np.uint16))
     assert torch.equal(module.cached_tokens(tokenizer, data, run), tokens)
+    data.train = (data.train[0].flip(0), data.train[1].flip(0))         # other data, the same tokenizer
+    assert torch.equal(module.cached_tokens(tokenizer, data, run), tokens.flip(0))
     (folder / "tokens.npz").write_bytes(b"half")
     with pytest.raises(module.UserError, match="tokens.npz is damaged"):
         module.cached_tokens(tokenizer, data, run)

@@ -199,6 +199,9 @@ def test_kept_tokens_anywhere():
     tokens = trace[-1]["tokens"]
     assert torch.equal(tokens[known >= 0], known[known >= 0]) and tokens.min() >= 0
     assert [step["position"] for step in trace] == [2, 3, *range(12, 20)]
+    known[0, :2] = -1                                                   # one row's own: the other's are kept
+    vqvae2.sample(tokenizer, prior, torch.zeros(2, dtype=torch.long), known=known, generator=torch.Generator().manual_seed(0), trace=trace)
+    assert torch.equal(trace[-1]["tokens"][known >= 0], known[known >= 0])
 
 
 def test_sampler_leaves_nothing_behind():
@@ -241,10 +244,8 @@ def test_released_checkpoints_map_completely(path, wrapped):
     assert sum(v.numel() for v in model.state_dict().values()) == sum(torch.Size(shape).numel() for shape in names.values())
 
 
-def test_loaded_weights_are_those_of_the_file(tmp_path):
-    """A file as train_pixelsnail.py writes it, arguments included. Planted: codebook not transposed."""
-    torch.manual_seed(0)
-    net = VQVAE(dataclasses.replace(TINY, codebook="release", restart=0))
+def official_names(net):
+    """A two-level VQVAE's state dict as the release names and turns it."""
     inverse = {"encoders.0": "enc_t.blocks", "encoders.1": "enc_b.blocks", "decoders.0": "dec_t.blocks", "decoders.1": "dec.blocks",
                "quantize_conv.0": "quantize_conv_t", "quantize_conv.1": "quantize_conv_b", "quantize.0": "quantize_t", "quantize.1": "quantize_b",
                "upsample.0": "upsample_t"}
@@ -252,12 +253,52 @@ def test_loaded_weights_are_those_of_the_file(tmp_path):
     for name, value in net.state_dict().items():
         old = next(old for old in inverse if name.startswith(old + "."))
         state[inverse[old] + name[len(old):]] = value.T if ".embed" in name else value
+    return state
+
+
+def test_loaded_weights_are_those_of_the_file(tmp_path):
+    """A file as train_pixelsnail.py writes it, arguments included. Planted: codebook not transposed."""
+    torch.manual_seed(0)
+    net = VQVAE(dataclasses.replace(TINY, codebook="release", restart=0))
+    state = official_names(net)
     torch.save({"model": state, "args": argparse.Namespace(channel=8)}, tmp_path / "vqvae.pt")
     model = from_official(tmp_path / "vqvae.pt")
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in model.state_dict().items()) and not model.training
     assert model.config.inplace_relu and not from_official(tmp_path / "vqvae.pt", inplace_relu=False).config.inplace_relu
     with pytest.raises(UserError, match="1 names or shapes"):
         from_official(state | {"dec.blocks.0.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("state, says", [
+    ({"quantize_t.embed": torch.zeros(3)}, "none of this paper's models"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 0, 2, 5), "background": torch.zeros(1, 2, 4, 4)}, "none of this paper's models"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 4, 2, 5), "background": torch.zeros(2)}, "none of this paper's models")])
+def test_odd_weights_get_one_line(state, says):
+    with pytest.raises(UserError, match=says):
+        from_official(state)
+
+
+def test_two_losses_in_one_backward():
+    """Planted: hidden weights zeroed under no_grad (the second pass then invalidates the first one's graph)."""
+    torch.manual_seed(0)
+    prior, tokens = Prior(TINY), torch.randint(16, (2, 20))
+    (prior.loss(tokens)[0] + prior.loss(tokens)[0]).backward()
+
+
+def test_first_rows_alone_with_a_condition():
+    torch.manual_seed(0)
+    net, codes = Prior(TINY).eval().levels[1], torch.randint(16, (1, 4, 4))
+    condition = net.condition([torch.randint(16, (1, 2, 2))])
+    torch.testing.assert_close(net(codes[:, :3], condition), net(codes, condition)[:, :, :3])
+
+
+def test_loading_leaves_the_callers_tensors_alone():
+    """Planted: tensors taken over without a copy (training then moves the caller's)."""
+    net = VQVAE(dataclasses.replace(TINY, codebook="release", restart=0))
+    state = official_names(net)
+    before = {name: value.clone() for name, value in state.items()}
+    from_official(state).train()(torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
 
 
 def test_prior_without_its_background_needs_the_side():
@@ -301,10 +342,10 @@ def test_shapes_and_dtypes_are_those_of_the_docstrings():
     again, found = tokenizer(images)
     assert again.shape == images.shape and all(value.shape == () for value in found.values()) and {"perplexity_0", "perplexity_1"} < set(found)
     net = prior.levels[1]
-    condition = net.condition(codes[:1], prior.classes(torch.zeros(B, dtype=torch.long)))
+    condition = net.condition(codes[:1], torch.zeros(B, dtype=torch.long))
     assert condition.shape == (B, 4, 4, 4) and net(codes[1], condition).shape == (B, V, 4, 4) and net.first(codes[1]).shape == (B, 8, 4, 4)
-    assert prior.levels[0].condition((), prior.classes(torch.zeros(B, dtype=torch.long))).shape == (B, 4, 1, 1)
-    assert prior(tokens).shape == (B, 20, V) and prior(tokens).dtype == torch.float32 and prior.classes(None) is None
+    assert prior.levels[0].condition((), torch.zeros(B, dtype=torch.long)).shape == (B, 4, 1, 1)
+    assert prior(tokens).shape == (B, 20, V) and prior(tokens).dtype == torch.float32
     assert vqvae2.place_map(6).shape == (1, 2, 6, 6) and vqvae2.fingerprint(tokenizer).shape == (32,)
     assert vqvae2.tokenize(tokenizer, torch.zeros(3, 3, 16, 16, dtype=torch.uint8), "cpu").shape == (3, 20)
     assert vqvae2.sample(tokenizer, prior, torch.zeros(B, dtype=torch.long)).shape == images.shape
