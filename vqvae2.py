@@ -588,7 +588,8 @@ class PixelSNAIL(nn.Module):
     def condition(self, coarser=(), labels=None):
         """coarser: [codes of all coarser levels, top first], labels (B,) -> (B, cond_width, H, W).
 
-        (B, cond_width, 1, 1) of a class alone, None where the level is told nothing. The residual blocks work on the grid of the next coarser level.
+        (B, cond_width, 1, 1) of a class alone, None where the level is told nothing. The residual blocks work on the
+        grid of the next coarser level.
         """
         condition = None
         if self.cond_resnet is not None:
