@@ -90,7 +90,7 @@ class Config:
     code_dim: int = 8               # E, width of a code
     codebook_size: int = 256        # V, codes
     quantizer: str = "vq"           # vq (nearest code), or gumbel (a softmax over the codes, relaxed in training)
-    beta: float = 0.25              # weight of one half of the codebook loss: see legacy
+    beta: float = 0.25              # weight of the codebook term (legacy) or of the commitment term of the loss
     legacy: bool = True             # QUIRK of the release: beta on the codebook term; --no-legacy: on the commitment
     codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
@@ -163,7 +163,7 @@ PRESETS = {
                           disc_weight=0.75, disc_layers=2, layers=48, heads=24, width=1536, block_size=256, top_k=600,
                           top_p=0.92, batch_size=96, batch_size_prior=256, lr_tokenizer=96 * 4.5e-6,
                           lr_prior=256 * 4.5e-6, train_steps_tokenizer=500_000, train_steps_prior=500_000)),
-    # FacesHQ: coordinates tell the GPT where its crop lies (with crop = 0, as committed, they never change)
+    # FacesHQ: coordinates tell the GPT where its crop lies (the release's config has no crop: they never change)
     "faces256": Config(**RELEASE | dict(data="faces256", num_classes=0, condition="coordinates", disc_start=30001,
                        layers=24, heads=16, width=1024, block_size=512, batch_size=24, batch_size_prior=32,
                        lr_tokenizer=24 * 4.5e-6, lr_prior=32 * 4.5e-6, train_steps_tokenizer=500_000,
@@ -173,11 +173,7 @@ PRESETS = {
 
 # === Tokenizer: images <-> codes ======================================================================================
 def norm(width, groups):
-    """GroupNorm, eps 1e-6 as the release (torch's default is 1e-5).
-
-    The release's 32 groups have 4 channels and more. With one channel a group it would be an instance norm, which takes
-    the mean of every channel away, and with it the colours of an image: narrow nets need fewer groups.
-    """
+    """GroupNorm, eps 1e-6. With one channel a group it would lose every channel's mean, and with it the colours."""
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -321,9 +317,8 @@ class VectorQuantizer(nn.Module):
 
     legacy (the release): mean (sg(e) - z)^2 + beta mean (e - sg(z))^2; else VQ-VAE's beta on the other, the commitment
     term. Values are equal, gradients are not: with legacy the encoder feels 1 / beta times the pull to its code.
-    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient.
-    restart > 0: a code that no latent chose for so many training steps becomes a latent of the batch (of several
-    processes: of the first one's part).
+    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: of
+    several processes, the first one's latents take the place of unused codes.
     """
     def __init__(self, size, dim, beta=0.25, legacy=True, decay=0.0, restart=0):
         super().__init__()
@@ -352,13 +347,9 @@ class VectorQuantizer(nn.Module):
         z = z.to(self.embedding.weight.dtype)
         indices = self.indices(z)
         z_q = self.lookup(indices)
-        commitment, codebook = F.mse_loss(z, z_q.detach()), F.mse_loss(z_q, z.detach())
-        if self.decay:
-            loss = self.beta * commitment
-        elif self.legacy:
-            loss = commitment + self.beta * codebook                            # QUIRK: the release's weights
-        else:
-            loss = codebook + self.beta * commitment                            # the paper's (and VQ-VAE's) eq.
+        # QUIRK legacy: the release's weights; else the paper's (and VQ-VAE's); running means have no codebook term
+        a, b = (self.beta, 0) if self.decay else (1, self.beta) if self.legacy else (self.beta, 1)
+        loss = a * F.mse_loss(z, z_q.detach()) + b * F.mse_loss(z_q, z.detach())
         if self.training and (self.decay or self.restart):
             self.update(z.detach().permute(0, 2, 3, 1).flatten(0, 2), indices.flatten(), generator)
         return z + (z_q - z).detach(), indices, loss
@@ -399,7 +390,8 @@ class GumbelQuantizer(nn.Module):
         self.proj, self.embed = nn.Conv2d(z_channels, size, 1), nn.Embedding(size, dim)
 
     def indices(self, z):
-        return self.proj(z).argmax(1)
+        with torch.autocast(z.device.type, enabled=False):                      # in bfloat16 logits tie
+            return self.proj(z.to(self.proj.weight.dtype)).argmax(1)
 
     def lookup(self, indices):
         return self.embed(indices).permute(0, 3, 1, 2)
@@ -674,6 +666,9 @@ class LPIPS(nn.Module):
             self.add_module(f"lin{k}", lin)
         self.requires_grad_(False).eval()
 
+    def train(self, mode=True):
+        return super().train(False)
+
     def features(self, x):
         """The five maps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of images in [-1, 1]."""
         x, maps = (x - self.scaling_layer.shift) / self.scaling_layer.scale, []
@@ -687,11 +682,9 @@ class LPIPS(nn.Module):
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
     def forward(self, a, b):
-        total = 0
-        for k, (x, y) in enumerate(zip(self.features(a), self.features(b))):
-            difference = (self.unit(x) - self.unit(y)).square()
-            total = total + getattr(self, f"lin{k}").model(difference).float().mean((2, 3), keepdim=True)
-        return total
+        differences = ((self.unit(x) - self.unit(y)).square() for x, y in zip(self.features(a), self.features(b)))
+        return sum(getattr(self, f"lin{k}").model(d).float().mean((2, 3), keepdim=True)
+                   for k, d in enumerate(differences))
 
 
 class ActNorm(nn.Module):
@@ -760,12 +753,6 @@ class VQLPIPSWithDiscriminator(nn.Module):
         self.config = config
         self.perceptual_loss = LPIPS() if config.lpips else None
         self.discriminator = NLayerDiscriminator(channels, config.disc_width, config.disc_layers)
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.perceptual_loss:
-            self.perceptual_loss.eval()
-        return self
 
     def generator(self, images, again, codebook_loss, last_layer, step):
         """The autoencoder's loss: L1 + LPIPS + codebook loss + weighted -mean D(again) (both GANs) -> loss, metrics."""
@@ -846,14 +833,15 @@ def sample(tokenizer, prior, labels, *, size=None, known=None, temperature=1.0, 
         tokens[:, :given] = known
     for n in range(given, h * w):
         i, j = divmod(n, w)
-        if window != (window := (window_start(i, h, s), window_start(j, w, s))):    # another window: read it anew
+        previous, window = window, (window_start(i, h, s), window_start(j, w, s))
+        if window != previous:                                                  # another window: read it anew
             rows, columns = (slice(start, start + s) for start in window)
             c = prior.condition(labels if labels.ndim < 3 else labels[:, rows, columns], len(labels))
             before = tokens.view(B, h, w)[:, rows, columns].flatten(1)[:, :(i - window[0]) * s + j - window[1]]
             x, cache = torch.cat([c, before.repeat(len(labels) // B, 1)], 1), gpt.new_cache()
         else:                                                                   # the cache knows all but the last code
             x = tokens[:, n - 1:n].repeat(len(labels) // B, 1)
-        logits = gpt.head(gpt.features(x, cache)[:, -1])[:, :V]                 # (B, V): a class is never drawn
+        logits = gpt.head(gpt.features(x, cache)[:, -1])[:, :V]                 # rows past the codebook are not drawn
         if guidance != 1:
             logits, null = logits.chunk(2)
             logits = null + guidance * (logits - null)
@@ -869,7 +857,8 @@ def crop_data(config, data):
     cut, offsets, s = {}, {}, config.resolution
     for number, split in enumerate(("train", "test")):
         images, labels = getattr(data, split)
-        offsets[split] = torch.randint(config.image_size - s + 1, (len(images), 2), generator=rng(config.seed, number))
+        generator = rng(config.seed, 2 ** 31 + number)                          # no step's
+        offsets[split] = torch.randint(config.image_size - s + 1, (len(images), 2), generator=generator)
         if config.crop:
             images = torch.stack([x[:, i:i + s, j:j + s] for x, (i, j) in zip(images, offsets[split].tolist())])
         cut[split] = images, labels
@@ -960,19 +949,19 @@ def tokenize(config, data, tokenizer, prior, split, device):
 
 
 def cached_tokens(config, data, tokenizer, prior, run):
-    """tokenize's result for the training images, kept in RUN/tokens.npz under the hash of the weights that made it."""
+    """tokenize's result for the training images, kept in RUN/tokens.npz under the hash of the weights and the data."""
     digest, path = hashlib.sha256(), run.folder / "tokens.npz"
-    for net in (tokenizer, prior.cond_stage_model or nn.Module()):
-        for value in net.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
+    maps = prior.cond_stage_model.state_dict() if prior.cond_stage_model else {}
+    for value in (*tokenizer.state_dict().values(), *maps.values(), *data.train):
+        digest.update(value.cpu().numpy().tobytes())
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if str(file["tokenizer"]) == digest.hexdigest():
+            if str(file["made_of"]) == digest.hexdigest():
                 return [torch.from_numpy(file[name].astype(np.int64)) for name in ("tokens", "conditions")]
     found = tokenize(config, data, tokenizer, prior, "train", run.device)
     if run.is_main:
         arrays = dict(zip(("tokens", "conditions"), (t.numpy().astype(np.uint16) for t in found)))
-        np.savez(buffer := io.BytesIO(), tokenizer=digest.hexdigest(), **arrays)
+        np.savez(buffer := io.BytesIO(), made_of=digest.hexdigest(), **arrays)
         write_file(path, buffer.getbuffer())
     return found
 
@@ -1071,7 +1060,7 @@ def assemble(config, state, maps=None):
     else:
         model = VQGAN(config, channels.get("encoder.conv_in.weight", 3))
         if any(name.startswith("loss.") for name in state):
-            model.loss = VQLPIPSWithDiscriminator(dataclasses.replace(config, lpips="download"), model.channels)
+            model.loss = VQLPIPSWithDiscriminator(config, model.channels)
     return model
 
 
@@ -1752,6 +1741,8 @@ def grid_size(args, run, tokenizer):
 def sample_command(args, run, tokenizer, prior):
     if prior.kind in MAPS and getattr(args, "official", None):
         raise UserError(f"this model draws from {prior.kind}: use paint, with photos")
+    if prior.kind in MAPS and (args.size or args.labels):
+        raise UserError(f"this model draws from {prior.kind} of the trained size: --size and --labels do not apply")
     if prior.kind in MAPS:
         return paint_command(argparse.Namespace(**vars(args), photos=[], data_dir=None), run, tokenizer, prior)
     h, w = grid_size(args, run, tokenizer)
