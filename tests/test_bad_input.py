@@ -314,6 +314,18 @@ def test_vqgan_verbs(fails, vqgan, words, says):
     fails(module, words[0], run, *words[1:], says=says)
 
 
+def test_flags_that_do_not_apply_to_a_model_of_maps(fails, tmp_path):
+    """Planted: --size and --labels silently ignored."""
+    from conftest import CASES
+
+    import vqgan_gpt
+    c = vqgan_gpt.Config(**CASES["vqgan_gpt-edges"][1] | dict(train_steps_tokenizer=1, train_steps_prior=1))
+    run, data = vqgan_gpt.Run(tmp_path / "run", c), vqgan_gpt.load_data(c)
+    vqgan_gpt.train_prior(c, data, run, vqgan_gpt.train_tokenizer(c, data, run))
+    for words in (["--size", "16", "16"], ["--labels", "star"]):
+        fails(vqgan_gpt, "sample", run.folder, *words, says=["edges", "do not apply"])
+
+
 def test_small_photo_is_refused_by_its_size(fails, vqgan, tmp_path):
     module, run = vqgan
     Image.new("RGB", (20, 7)).save(tmp_path / "small.png")

@@ -384,7 +384,7 @@ def test_pkeep_and_label_dropout_do_what_they_say(tmp_path, monkeypatch):
 
 
 def test_cached_tokens_are_made_anew_for_another_tokenizer(tmp_path):
-    """Planted: the hash left out of the comparison."""
+    """Planted: the hash left out of the comparison; a hash of the tokenizer alone."""
     data, run = vqgan_gpt.load_data(TINY), vqgan_gpt.Run(tmp_path / "run", TINY)
     prior, found = build_prior(TINY), []
     for seed in (0, 0, 1):
@@ -394,6 +394,8 @@ def test_cached_tokens_are_made_anew_for_another_tokenizer(tmp_path):
         with torch.no_grad():
             assert torch.equal(found[-1][0], tokenizer.encode(data.train[0] / 127.5 - 1))
     assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
+    data.train = (data.train[0].flip(0), data.train[1].flip(0))         # other data, the same tokenizer
+    assert torch.equal(vqgan_gpt.cached_tokens(TINY, data, tokenizer, prior, run)[0], found[2][0].flip(0))
     (tmp_path / "run" / "tokens.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="tokens.npz is damaged"):
         vqgan_gpt.cached_tokens(TINY, data, tokenizer, prior, run)
