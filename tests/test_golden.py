@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE / "golden"))
 from golden import check, fill, make_input  # noqa: E402
 
 import pixelcnn  # noqa: E402
+import rqvae  # noqa: E402
 import vqgan_gpt  # noqa: E402
 import vqvae2  # noqa: E402
 
@@ -497,6 +498,181 @@ def vqvae2_pixelsnail(golden, inputs):
                     if i:
                         drawn[:, i, j] = step.argmax(1)
     return scalars(out) | {"greedy": drawn[:, :rows]}
+
+
+def shared_codebook(golden, key="params"):
+    """The filled parameters; the one codebook also under the names that the release gives it for the other depths."""
+    params, first = params_of(golden, key), "quantizer.codebooks.0."
+    depth = golden["config"].get("depth", 1)
+    return params | {name.replace(first, f"quantizer.codebooks.{d}."): p for name, p in params.items() if name.startswith(first)
+                     for d in range(1, depth)}
+
+
+@checks("rqvae_quantizer")
+def rqvae_quantizer(golden, inputs):
+    c, out = golden["config"], {}
+    K, E, D = c["n_embed"], c["dim"], c["depth"]
+    weight = params_of(golden)["quantizer.codebooks.0.weight"]
+
+    def quantizer(depth=D, restart=False, cluster=None):
+        q = rqvae.RQBottleneck(K, E, depth, c["decay"], restart)
+        q.weight.data.copy_(weight)
+        q.embed_ema.copy_(weight[:-1])
+        if cluster is not None:
+            q.cluster_size_ema.copy_(0.6 + cluster.square())
+            q.embed_ema.copy_(weight[:-1] * q.cluster_size_ema[:, None] + 0.1 * inputs["embed_noise"])
+        return q
+    first, last = lambda x: x.permute(0, 3, 1, 2), lambda x: x.permute(0, 2, 3, 1)      # the files' channels are last
+    q, x = quantizer().eval(), inputs["x"].clone().requires_grad_()
+    z_q, codes, commit = q(first(x))
+    (100 * (commit + (last(z_q) * inputs["probe"]).mean())).backward()
+    out |= {"codes": codes, "out": last(z_q), "commit": commit, "grad_x": x.grad}
+    r, done = inputs["x"], 0
+    for d in range(D):
+        e = F.embedding(codes[..., d], weight)
+        done = done + e
+        out |= {f"depth{d}/residual": r, f"depth{d}/dist": (r[..., None, :] - weight[:-1]).square().sum(-1), f"depth{d}/idx": codes[..., d],
+                f"depth{d}/sum": done}
+        r = r - e
+    for name in golden["outputs"]:
+        if match := re.fullmatch(r"soft([\d.]+)/(\d+)", name):
+            out[name] = q.soft_codes(first(inputs["x"]), float(match[1]), stochastic=False)[0][:, :, :, int(match[2])]
+        if match := re.fullmatch(r"given/add(\d+)", name):
+            out[name] = last(q.lookup(inputs["idx"][..., :int(match[1]) + 1]))
+        if match := re.fullmatch(r"given/select(\d+)", name):
+            out[name] = last(q.lookup(inputs["idx"][..., int(match[1]):int(match[1]) + 1]))
+    per_depth = F.embedding(inputs["idx"], weight)
+    out |= {"given/sum": last(q.lookup(inputs["idx"])), "given/per_depth": per_depth, "given/cumsum": per_depth.cumsum(3)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n - 1, -1, -1))
+        patch.setattr(torch, "rand", lambda shape, generator=None: torch.full(tuple(shape), 0.5))
+
+        def run(name, q, x):
+            update, d = q.update, iter(range(99))
+
+            def watched(*args):
+                update(*args)
+                key = next(d)
+                out.update({f"{name}/weight_d{key}": q.weight[:-1].clone(), f"{name}/cluster_size_d{key}": q.cluster_size_ema.clone()})
+            q.update = watched
+            z_q, codes, commit = q.train()(first(x))
+            out.update({f"{name}/out": last(z_q), f"{name}/commit": commit, f"{name}/codes": codes, f"{name}/embed_ema": q.embed_ema})
+        run("ema", quantizer(cluster=inputs["cluster"]), inputs["x"])
+        run("restart", quantizer(restart=True, cluster=inputs["cluster"]), inputs["x"])
+        run("tile", quantizer(1, restart=True, cluster=inputs["cluster"]), inputs["x_small"][:, :1])
+        run("fresh", quantizer(1), inputs["x"])
+        out["tile/codes"] = out["tile/codes"][..., 0]
+    return out
+
+
+@checks("rqvae_tokenizer")
+def rqvae_tokenizer(golden, inputs):
+    wanted, c = golden["outputs"], golden["config"]
+    net = rqvae.from_official(shared_codebook(golden), c)
+    with recorded(net, wanted) as out:
+        again, found = net(inputs["image"])
+    z = net.latents(inputs["image"])
+    z_q, codes, commit = net.quantizer(z)
+    mse = F.mse_loss(again, inputs["image"])
+    total = rqvae.generator_loss(net.config, inputs["image"], again, found["commitment"], None)[0]
+    last = lambda x: x.permute(0, 2, 3, 1)
+    out |= {"z_e": last(z), "codes": codes, "z_q": last(z_q), "recon": again, "loss/recon": mse, "loss/latent": commit, "loss/total": total}
+    net.zero_grad()
+    (10 * total).backward(retain_graph=True)
+    out |= {f"grad/{name}": p.grad.clone() for name, p in net.named_parameters() if f"grad/{name}" in wanted}
+    disc = rqvae.NLayerDiscriminator(3, c["disc_ndf"], c["disc_layers"]).train()
+    disc.load_state_dict({name.removeprefix("discriminator."): p for name, p in params_of(golden, "params_disc").items()}, strict=False)
+    fake, real = disc(again.detach()), disc(inputs["image"])
+    d_loss = rqvae.discriminator_loss("hinge", real, fake)
+    grad = torch.autograd.grad(10 * d_loss, disc.main[2].weight)[0]
+    out |= {"gan/logits_real": real, "gan/logits_fake": fake, "gan/d_loss": d_loss, "gan/grad_disc_conv": grad}
+    g_total, metrics = rqvae.generator_loss(net.config, inputs["image"], again, commit, net.decoder.conv_out.weight, None, disc)
+    out |= {"gan/g_loss": metrics["g_loss"], "gan/g_weight": metrics["d_weight"] / net.config.disc_weight, "gan/g_total": g_total}
+    given = inputs["idx"]
+    out |= {"given/all": net.decode(given), "given/img01": (net.decode(given) * 0.5 + 0.5).clamp(0, 1)}
+    for name in wanted:
+        if match := re.fullmatch(r"given/(add|select)(\d+)", name):
+            d = int(match[2])
+            out[name] = net.decode(given[..., (0 if match[1] == "add" else d):d + 1])
+        if match := re.fullmatch(r"soft([\d.]+)", name):
+            out[name] = net.quantizer.soft_codes(z, float(match[1]), stochastic=False)[0]
+        if name.startswith("tiny/"):
+            out[name] = net.get_submodule(name[5:])(0.001 * inputs["tiny"])
+    return out
+
+
+@checks("rqvae_transformer_text")
+@checks("rqvae_transformer_uncond")
+@checks("rqvae_transformer")
+def rqvae_transformer(golden, inputs):
+    c, wanted, codes = golden["config"], golden["outputs"], inputs["codes"]
+    net = rqvae.from_official(params_of(golden), c)
+    net.codebook.copy_(params_of(golden, "params_vae")["quantizer.codebooks.0.weight"][:-1])
+    B, D, cond, seen = len(codes), c["depth"], inputs.get("cond"), {}
+    keep = lambda name: lambda module, args, result: seen.update({f"{name}/input": args[0], f"{name}/output": result})
+    hooks = [net.body_transformer.register_forward_hook(keep("body")), net.head_transformer.register_forward_hook(keep("head"))]
+    with recorded(net, ["body_transformer.blocks.0", "body_transformer.blocks.0.attn"]) as parts:
+        logits = net(codes, cond)
+    for hook in hooks:
+        hook.remove()
+    shape = (*codes.shape, -1)
+    e = F.embedding(codes.view(B, -1, D), net.codebook)
+    out = seen | {"body/block0": parts["body_transformer.blocks.0"], "body/block0.attn": parts["body_transformer.blocks.0.attn"],
+                  "spatial_ctx": net.body(e, cond)[0], "logits": logits.view(shape)}
+    soft = (2 * inputs["soft"]).softmax(-1).view(B, -1, c["vocab_size"])
+    nll = F.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction="none").view(-1, D)
+    soft_nll = rqvae.soft_cross_entropy(logits, soft).view(-1, D)
+    out |= {"loss/hard": nll.mean(), "loss/per_depth": nll.mean(0), "loss/soft": soft_nll.mean(), "loss/soft_per_depth": soft_nll.mean(0)}
+    total, found = net.loss(codes.flatten(1), cond)
+    torch.testing.assert_close(torch.stack([found[f"nats_{d}"] for d in range(D)]), nll.mean(0))
+    objective = nll.mean()
+    if "cond_logits" in wanted:
+        objective = objective + found["text"]
+        out |= {"cond_logits": net.cond_classifier(net.body(e, cond)[1]), "loss/cond": found["text"], "loss/mix": total}
+    else:
+        torch.testing.assert_close(total, nll.mean())
+        torch.testing.assert_close(net.loss(codes.flatten(1), cond, soft)[0], soft_nll.mean())
+    net.zero_grad()
+    (10 * objective).backward()
+    out |= {f"grad/{name}": p.grad.clone() for name, p in net.named_parameters() if f"grad/{name}" in wanted}
+    out["logits_cond_none"] = net(codes).view(shape)
+    out |= {name: rqvae.filtered(2 * inputs["filter_logits"], float(m[1]), int(m[2]), float(m[3])) for name in wanted
+            if (m := re.fullmatch(r"sampler/t([\d.]+)_k(\d+)_p([\d.]+)", name))}
+    out["tiny/classifier"] = net.classifier(0.001 * inputs["tiny"])
+
+    class Tokenizer:
+        codebook_size, quantizer = c["vocab_size"], type("", (), {"weight": F.pad(net.codebook, (0, 0, 0, 1))})
+        decode = staticmethod(lambda codes: codes.float())
+    labels = torch.zeros(B, dtype=torch.long) if cond is None else cond
+    draw = lambda known=None, **more: rqvae.sample(Tokenizer, net, labels, known=known, **more)
+    trace = []
+    draw(top_k=1, trace=trace)
+    out["greedy"] = trace[-1]["tokens"].view(codes.shape)
+    before = (c["side"] // 2 * c["side"] + 1) * D
+    draw(codes.flatten(1)[:, :before], top_k=1, trace=trace)
+    out["resumed"] = trace[-1]["tokens"].view(codes.shape)
+    with pytest.MonkeyPatch.context() as patch:                         # the cache, fed with the given codes
+        fed, cached = iter(codes.flatten(1).T), []
+        patch.setattr(torch, "multinomial", lambda p, n, generator=None: next(fed)[:, None])
+        draw(trace=cached)
+    out["cached/logits"] = torch.stack([step["logits"] for step in cached], 1).view(shape)
+    return out
+
+
+@checks("movq_tokenizer")
+def movq_tokenizer(golden, inputs):
+    wanted = golden["outputs"]
+    net = rqvae.from_official(params_of(golden), golden["config"])
+    with recorded(net, wanted) as out:
+        again, found = net(inputs["image"])
+    z, codes = net.latents(inputs["image"]), net.encode(inputs["image"])
+    out |= {"z": z, "idx": codes.flatten(), "zq": net.quantize.embedding(codes).permute(0, 3, 1, 2), "vq_loss": found["codebook_loss"],
+            "rec": again, "given": net.decode(inputs["idx"])}
+    net.zero_grad()
+    (10 * (F.mse_loss(net(inputs["image"])[0], inputs["image"]) + net(inputs["image"])[1]["codebook_loss"])).backward()
+    out |= {f"grad/{name}": p.grad.clone() for name, p in net.named_parameters() if f"grad/{name}" in wanted}
+    net.z_q[0] = inputs["cond"]
+    return out | {"norm/out": net.decoder.norm_out(inputs["feat"]), "norm/tiny": net.decoder.norm_out(0.001 * inputs["feat"])}
 
 
 def read(path):
