@@ -958,8 +958,7 @@ def conditions_of(config, data, split):
 def train_prior(config, data, run, tokenizer):
     """Soft cross-entropy of codes that are drawn anew at every step from the cached latents. Returns the prior."""
     torch.manual_seed(config.seed)
-    prior = build_prior(config).to(run.device)
-    prior.codebook.copy_(tokenizer.quantizer.weight[:-1])
+    prior = bind(build_prior(config).to(run.device), tokenizer)
     latents, conditions = cached_latents(tokenizer, data, run), conditions_of(config, data, "train")
     share, perplexity = use(encode_all(tokenizer, data.train[0][:2000], run.device), tokenizer)
     if perplexity < 0.05 * config.codebook_size:
@@ -1031,7 +1030,7 @@ def from_official(source, config=None):
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is none of these papers' models", "its shapes make no sense"), torch.device("meta"):
         given = config or {}
-        if "classifier.linear.weight" in state:
+        if {"classifier.linear.weight", "pos_emb_hw", "pos_emb_d"} <= state.keys():
             width = size("pos_emb_hw", 2)
             text = "cond_classifier.linear.weight" in state
             kind = Config(
@@ -1072,7 +1071,7 @@ def from_official(source, config=None):
 
 
 def bind(prior, tokenizer, name="the transformer"):
-    """Give a released transformer its tokenizer's codebook. UserError: depth, codes or width of a code differ."""
+    """Give a transformer its tokenizer's codebook. UserError: depth, codes or width of a code differ."""
     q = tokenizer.quantizer
     theirs, ours = (q.depth, *q.embed_ema.shape), (prior.depth, *prior.codebook.shape)
     if theirs != ours:

@@ -20,6 +20,8 @@ SMALL = TINY | dict(image_size=16)
 VQVAE2 = dict(channels=8, res_channels=4, res_blocks=1, code_dim=4, width=(8, 8, 8), res_width=(8, 8, 8), block_layers=(1, 1, 1), kernel=3,
               cond_width=(4, 4, 4), cond_blocks=(0, 1, 1), warmup=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8,
               train_steps_prior=12)
+RQVAE = dict(ch_mult=(1, 1), depth=3, code_dim=8, width=16, heads=2, body_layers=2, head_layers=1, disc_layers=1, disc_width=8, disc_start=4,
+             warmup=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -32,6 +34,10 @@ CASES = {   # name: (file, fields of its tiny Config)
     "vqvae2-two": ("vqvae2", dict(codebook_size=16, codebook="ema", restart=3, blocks=(2, 1), heads=(2, 0), out_blocks=(1, 0), **VQVAE2, **SMALL)),
     "vqvae2-one": ("vqvae2", dict(blocks=(1,), heads=(2,), out_blocks=(0,), dropout=(10,), codebook_size=16, levels=1, codebook="gradient", restart=0, num_classes=0, **VQVAE2, **SMALL)),
     "vqvae2-three": ("vqvae2", dict(blocks=(1, 1, 1), heads=(2, 2, 0), out_blocks=(0, 0, 0), dropout=(0, 10, 0), codebook_size=16, levels=3, codebook="debiased", restart=0, **VQVAE2, **SMALL | dict(image_size=32))),
+    "rqvae-class": ("rqvae", dict(codebook_size=16, **RQVAE, **TINY)),
+    "rqvae-start": ("rqvae", dict(codebook_size=16, num_classes=0, label_dropout=0.0, restart=False, disc_weight=0.0, soft_labels=False,
+                                  stochastic_codes=False, **RQVAE, **TINY)),
+    "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
 FILES = sorted({file for file, _ in CASES.values()})
 
@@ -46,6 +52,8 @@ class Case:
         """Tokenizer and prior of the tiny config, every weight random (also those that start at zero)."""
         torch.manual_seed(seed)
         tokenizer, prior = self.module.build_tokenizer(self.config), self.module.build_prior(self.config)
+        if hasattr(self.module, "bind"):                                # the prior reads the tokenizer's codebook
+            self.module.bind(prior, tokenizer)
         return tokenizer.eval(), prior.eval()
 
     def images(self, number=2):
@@ -63,6 +71,8 @@ class Case:
         """What prior and sampler are told: labels, or for a prior that is told a map's tokens some of these."""
         if getattr(self.config, "condition", "class") == "class":
             return labels
+        if self.config.condition == "text":
+            return self.module.read_captions(["a small red star at the top", "a large blue ring at the left"])[:1].repeat(len(labels), 1) + 0 * labels[:, None]
         side = self.config.image_size // self.config.f
         return torch.randint(self.V, (len(labels), side, side), generator=torch.Generator().manual_seed(0)) + 0 * labels[:, None, None]
 
