@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two"}        # for slow tests: one variant of each file
+ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class"}        # for slow tests: one variant of each file
 
 
 def only(case, names=ONE_OF_EACH):
@@ -201,7 +201,7 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
     """Every verb that fits the model: the file named in the last line exists, samples.npz is uint8 NHWC."""
     import numpy as np
     m, run = case.module, tmp_path / "run"
-    maps = getattr(case.config, "condition", "class") != "class"
+    maps = getattr(case.config, "condition", "class") not in ("class", "text")
     m.main(["train", *case.flags(), "--out", str(run)])
     verbs = [["reconstruct", str(run), str(run / "reconstructions.png")], ["evaluate", str(run)]]
     verbs += [["paint", str(run), str(run / "reconstructions.png"), "--num", "1"]] if maps else [["sample", str(run), "--num", "3", "--out", str(tmp_path / "grid.png")],
