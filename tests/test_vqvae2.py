@@ -188,6 +188,21 @@ def test_code_convolution_is_that_of_one_hot_codes():
     torch.testing.assert_close(conv(codes), F.conv2d(one_hot, conv.weight(), conv.bias))
 
 
+@pytest.mark.parametrize("config", [TINY, THREE], ids=["two", "three"])
+def test_incremental_sampler_draws_the_tokens_of_the_plain_one(config):
+    """Full passes for every token, the same generator, float64. Planted: a cache that is one row behind."""
+    torch.manual_seed(0)
+    tokenizer, prior, labels = VQVAE(config).eval().double(), Prior(config).eval().double(), torch.tensor([3, 9])
+    generator, trace = torch.Generator().manual_seed(5), []
+    N = sum(side ** 2 for side in config.sides)
+    plain = torch.zeros(2, N, dtype=torch.long)
+    with torch.no_grad():
+        for n in range(N):
+            plain[:, n] = torch.multinomial((prior(plain, labels)[:, n] / 0.8).softmax(-1), 1, generator=generator)[:, 0]
+    images = vqvae2.sample(tokenizer, prior, labels, temperature=0.8, generator=torch.Generator().manual_seed(5), trace=trace)
+    assert torch.equal(trace[-1]["tokens"], plain) and torch.equal(images, tokenizer.decode(plain).clamp(-1, 1))
+
+
 def test_kept_tokens_anywhere():
     """Negative tokens are drawn, all others kept: half of each level, as `complete` asks. Planted: known tokens not clamped."""
     torch.manual_seed(0)
