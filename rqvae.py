@@ -995,7 +995,10 @@ def train_prior(config, data, run, tokenizer):
 
 # === Official weights: kakaobrain/rq-vae-transformer, ai-forever/MoVQGAN ==============================================
 def read_weights(source):
-    """Path of a checkpoint, or a state dict -> state dict with our names. UserError: missing, damaged, or neither."""
+    """Path of a checkpoint, or a state dict -> state dict with our names, depth (0: not a tokenizer with a stack).
+
+    UserError: missing, damaged, or neither.
+    """
     hint = "give a model.pt of kakaobrain/rq-vae-transformer or a .ckpt of ai-forever/MoVQGAN"
     name, loaded = ("the dict", source) if isinstance(source, dict) else (source, None)
     if loaded is None:
@@ -1007,25 +1010,26 @@ def read_weights(source):
         if isinstance(loaded, dict) and "progress" in loaded:
             hint = "it is a run of this script: name its folder"
         raise UserError(f"{name} holds no names and tensors: {hint}")
-    found = {}
+    found, depths = {}, set()
     for key, value in state.items():
         if key.startswith(("ema_", "loss.")):                                   # MoVQGAN's training leftovers
             continue
         new = re.sub(r"quantizer\.codebooks\.\d+", "quantizer", key)             # one tensor under D names
+        depths |= {key} if new == "quantizer.weight" else set()
         if new in found and found[new].shape != value.shape:
             raise UserError(f"{name}: {key} differs from the codebook of the first depth, which all depths share")
         found.setdefault(new, value.to(torch.float32, copy=True))
-    return found
+    return found, len(depths)
 
 
 def from_official(source, config=None):
     """Released weights -> RQVAE, RQTransformer or MOVQ, in eval mode.
 
-    source: path or state dict. config: the constructor arguments there, of which resolution and n_head are read; the
-    rest is seen by the weights (depth and side of a tokenizer's map: by its codebooks and 32 heads of 64 otherwise).
+    source: path or state dict. config: the constructor arguments there, of which resolution (else 256) and n_head (else
+    heads of 64 features) are read; the rest is seen by the weights.
     Every name and shape must fit: else UserError with the first five that do not.
     """
-    state, name = read_weights(source), "the state dict" if isinstance(source, dict) else source
+    (state, depth), name = read_weights(source), "the state dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is none of these papers' models", "its shapes make no sense"), torch.device("meta"):
@@ -1052,7 +1056,7 @@ def from_official(source, config=None):
                 attn_resolutions=[resolution >> i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in state],
                 z_channels=size("encoder.conv_out.weight"), code_dim=size("quant_conv.weight"),
                 codebook_size=max(2, size("quantizer.weight") - 1, size("quantize.embedding.weight")),
-                depth=given.get("depth", 4)) if levels else Config()
+                depth=max(1, depth)) if levels else Config()
             model = (MOVQ if "decoder.norm_out.conv_y.weight" in state else RQVAE)(kind)
     if "quantizer.weight" in state:                                             # where a file leaves them out: as new
         state.setdefault("quantizer.embed_ema", state["quantizer.weight"][:-1].clone())
@@ -1136,6 +1140,7 @@ def check(config):
     need(not c.disc_weight or c.image_size >> c.disc_layers >= 3,
          f"images of {c.image_size} pixels are too small for disc_layers {c.disc_layers}: fewer, or --disc-weight 0")
     need(c.condition == "class" or not c.num_classes, "captions take the place of classes: add --num-classes 0")
+    need(c.condition == "class" or c.data == "shapes", f"{c.data} has no captions: condition text is for shapes")
     need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes,
          "guidance needs a model that saw dropped labels: --label-dropout 0.1, or --guidance 1")
 

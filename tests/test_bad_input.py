@@ -469,6 +469,74 @@ def test_vqvae_checkpoint_of_another_model(fails, vqvae, tmp_path):
     fails(module, "reconstruct", "--official", tmp_path / "no.pt", says=["no.pt cannot be read"])
 
 
+# --- rqvae.py
+
+@pytest.fixture(scope="session")
+def trained_rqvae(tmp_path_factory):
+    from conftest import CASES
+
+    import rqvae
+    folders = {}
+    for name in ("rqvae-class", "rqvae-text"):
+        config = rqvae.Config(**CASES[name][1] | dict(train_steps_tokenizer=2, train_steps_prior=2))
+        folder, data = tmp_path_factory.mktemp("runs") / name, rqvae.load_data(config)
+        run = rqvae.Run(folder, config, data.classes)
+        rqvae.train_prior(config, data, run, rqvae.train_tokenizer(config, data, run))
+        folders[name] = folder
+    return rqvae, folders["rqvae-class"], folders["rqvae-text"]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--image-size", "36"], ["36 pixels", "f = 8"]),
+    (["--depth", "0"], ["depth is 0"]),
+    (["--condition", "edges"], ["edges", "class or text"]),
+    (["--condition", "text"], ["--num-classes 0"]),
+    (["--tau", "0"], ["tau", "positive"]),
+    (["--heads", "3"], ["width 128", "heads, 3"]),
+    (["--top-k", "129"], ["top_k is 129", "0 to 128"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--image-size", "8"], ["disc_layers 2", "too small"]),
+    (["--condition", "text", "--num-classes", "0", "--data", "mnist"], ["captions", "shapes"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_rqvae_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import rqvae
+    monkeypatch.chdir(tmp_path)
+    fails(rqvae, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rqvae_verbs(fails, trained_rqvae, tmp_path):
+    module, run, text = trained_rqvae
+    fails(module, "sample", run, "--caption", "a star", says=["without captions", "--labels"])
+    fails(module, "sample", text, "--labels", "star", says=["--caption"])
+    fails(module, "sample", text, "--caption", "a huge red star", says=["'huge'", "small", "star"])
+    fails(module, "sample", text, "--caption", "", says=["0 words"])
+    fails(module, "sample", run, "--top-p", "0", says=["top_p is 0"])
+    fails(module, "sample", run, "--labels", "nine", says=["nine", "circle"])
+    Image.new("RGB", (20, 7)).save(tmp_path / "small.png")
+    fails(module, "reconstruct", run, tmp_path / "small.png", says=["small.png is too small", "8 x 8"])
+    module.main(["sample", str(text), "--caption", "a large red star", "a ring", "--num", "3", "--out", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").exists()
+
+
+def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp_path, monkeypatch):
+    """Planted: no comparison of depth and codebook (the transformer would read other stacks)."""
+    module, run, _ = trained_rqvae
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["objects"]
+    config = module.Run(run).config
+    other = module.RQTransformer(dataclasses.replace(config, depth=2, width=64, heads=1, label_dropout=0.0, guidance=1.0))
+    torch.save({"state_dict": {k: v for k, v in other.state_dict().items() if k != "codebook"}}, "transformer.pt")
+    torch.save({"state_dict": {k.replace("quantizer.", f"quantizer.codebooks.{d}."): v for k, v in state["tokenizer"].items() for d in range(3)}},
+               "tokenizer.pt")
+    fails(module, "sample", "--official", "tokenizer.pt", "transformer.pt", says=["transformer.pt", "(2, 16, 8)", "(3, 16, 8)"])
+    fails(module, "sample", "--official", "tokenizer.pt", says=["is a tokenizer", "transformer too"])
+    fails(module, "reconstruct", "--official", "transformer.pt", says=["tokenizer first"])
+    fails(module, "reconstruct", "--official", "no.pt", says=["no.pt cannot be read"])
+    fails(module, "reconstruct", "--official", str(run / "checkpoint.pt"), says=["a run of this script"])
+
+
 def test_two_processes_need_a_divisible_batch(module, monkeypatch):
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
