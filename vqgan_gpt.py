@@ -156,8 +156,8 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch_mult=(1, 2, 4), z_channels=128,
                       codebook_size=512, codebook_ema=0.98, codebook_weight=0.2, disc_start=2400,
-                      train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192, dropout=0.1,
-                      batch_size_prior=32, train_steps_prior=1500, lr_prior=1e-3, top_k=200, top_p=1.0, guidance=1.0),
+                      train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192,
+                      train_steps_prior=20_000, lr_prior=1.5e-3, warmup=100, save_every=500, top_p=0.9, guidance=3.0),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", num_classes=1000, codebook_size=16384, disc_start=0,
                           disc_weight=0.75, disc_layers=2, layers=48, heads=24, width=1536, block_size=256, top_k=600,
