@@ -107,8 +107,8 @@ class Config:
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the priors, over all processes
-    train_steps_tokenizer: int = 2500  # steps of the tokenizer
-    train_steps_prior: int = 4000   # steps of the priors
+    train_steps_tokenizer: int = 1600  # steps of the tokenizer
+    train_steps_prior: int = 3000   # steps of the priors
     lr_tokenizer: float = 1.5e-3    # learning rate of Adam for the tokenizer (release: 3e-4)
     lr_prior: float = 3e-3          # learning rate of Adam for the priors (release: 3e-4)
     warmup: int = 100               # steps of warm-up; then a cosine to zero (0: constant, as the release)
@@ -145,7 +145,7 @@ PRESETS = {
     "cifar10": Config(data="cifar10", num_classes=10, channels=96, res_channels=48, code_dim=32, codebook_size=512,
                       codebook_decay=0.98, width=(64, 96), res_width=(64, 64), blocks=(1, 2), cond_width=(64, 64),
                       train_steps_tokenizer=6000, lr_tokenizer=5e-4, train_steps_prior=8000, lr_prior=2e-3,
-                      temperature=1.0),
+                      temperature=0.8),
     "imagenet256": Config(**PAPER | dict(
         data="imagenet256", image_size=256, num_classes=1000, width=(512, 512), res_width=(2048, 1024), blocks=(4, 4),
         block_layers=(5, 5), heads=(8, 0), cond_width=(512, 512), cond_blocks=(0, 20), out_blocks=(20, 0),
@@ -724,7 +724,7 @@ def train_tokenizer(config, data, run):
     """Squared error, Adam; the codebooks follow their latents. Returns the VQVAE."""
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config).to(run.device)
-    optimizer = torch.optim.Adam(tokenizer.parameters(), config.lr_tokenizer)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), config.lr_tokenizer, fused=run.device.type != "mps")
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
@@ -795,7 +795,7 @@ def train_prior(config, data, run, tokenizer):
         if perplexity < 0.05 * config.codebook_size:
             print(f"warning: the codebook of level {level} collapsed; try --codebook ema --restart 20, a smaller "
                   f"--lr-tokenizer or more --train-steps-tokenizer")
-    optimizer = torch.optim.Adam(prior.parameters(), config.lr_prior)
+    optimizer = torch.optim.Adam(prior.parameters(), config.lr_prior, fused=run.device.type != "mps")
     if config.compile:
         prior.compile()
     print(f"prior: {' + '.join(f'{sum(p.numel() for p in net.parameters()):,}' for net in prior.levels)} parameters")
