@@ -6,14 +6,18 @@
 
     Autoregressive Image Generation using Residual Quantization, Lee, Kim, Kim, Cho, Han, CVPR 2022, arXiv 2203.01941
     MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation, Zheng et al., NeurIPS 2022, arXiv 2209.09002
-    Releases: kakaobrain/rq-vae-transformer, ai-forever/MoVQGAN; this file computes what they compute (from_official)
+    Releases: kakaobrain/rq-vae-transformer; ai-forever/MoVQGAN, which is not by MoVQ's authors. This file computes what
+              they compute, and loads their weights (from_official)
 
-The idea. A shorter sequence needs richer codes: a quarter of the places asks for the fourth power of the codebook, and
-large codebooks collapse. RQ-VAE keeps a small codebook and uses it D times in a row: quantize the latent, subtract the
-code, quantize the rest, ... D codes name up to V^D points, and each one refines the sum of those before it. The
-RQ-Transformer then factorises in two directions: a large "body" walks over the h x w places, reading each as the sum of
-its codes; a small "head" walks over the D codes of one place. So the large one takes h w steps, not h w D. MoVQ (at the
-end of the tokenizer) is another cure for poor codes: its decoder sees them at every normalisation.
+The idea. A shorter sequence needs richer codes: half the side leaves a quarter of the places, each with four times the
+bits, so the codebook grows to its fourth power, and large codebooks collapse. RQ-VAE keeps a small codebook and uses it
+D times in a row: quantize the latent, subtract the code, quantize the rest, ... D codes name up to V^D points, and each
+one refines the sum of those before it. The RQ-Transformer then factorises in two directions: a large "body" walks over
+the h x w places, reading each as the sum of its codes; a small "head" walks over the D codes of one place. So the large
+one takes h w steps, not h w D. In training the codes are drawn from their distances, and the distances are the targets
+(soft labels): so the transformer meets stacks that are a little off, as its own samples will be. MoVQ (at the end of
+the tokenizer) is another cure for poor codes: where codes repeat, a decoder that sees them once repeats its textures;
+MoVQ's sees them at every normalisation.
 
     images (B,3,H,W) -> Encoder -> z (B,E,h,w) -> D times: nearest code of the rest -> codes (B,h,w,D)
     codes -> their vectors' sum -> Decoder -> images
@@ -34,9 +38,10 @@ Run
 
 Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
 Not here   codebooks of their own for each depth, places of several latents (in the release's code, in no release);
-           rejection sampling; MoVQ's multichannel codes and their masked prior: see the notebook.
+           rejection sampling; training of MoVQ; its several codes a place and their masked prior (these are in
+           notebooks/04_rqvae.ipynb).
 Departs    The transformer's training was not released: written from its configs and loss functions. Guidance by dropped
-           labels is ours (off in the paper's presets).
+           labels is ours (off in the paper's presets). Latents are encoded once, so pictures are not augmented.
 """
 import argparse
 import contextlib
@@ -108,8 +113,8 @@ class Config:
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     text_weight: float = 0.1        # share of the caption's own likelihood in the loss
     soft_labels: bool = True        # targets are softmax(-distance / tau) over the codes, not the one code
-    stochastic_codes: bool = True   # codes are drawn from that softmax, anew in every epoch
-    tau: float = 0.01               # its temperature: in units of the squared distance (release: 0.5)
+    stochastic_codes: bool = True   # codes are drawn from that softmax, anew at every step
+    tau: float = 0.01               # its temperature, in units of the squared distance, a sum over E (release: 0.5)
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
@@ -143,13 +148,14 @@ class Config:
 
     @property
     def condition_size(self):
-        """-> values and number of the condition's tokens."""
+        """-> size of the condition's vocabulary, number of its tokens."""
         if self.condition == "text":
             return len(WORDS), CAPTION_LENGTH
         return max(1, self.num_classes + (self.label_dropout > 0 and self.num_classes > 0)), 1
 
 
-# The release: f = 32, 8 x 8 places, four codes each; the settings of its configs
+# The release: f = 32, 8 x 8 places, four codes each; its configs' settings. Of the transformer's rate, a cosine without
+# warm-up, `warmup` 0 makes a constant: give --warmup 1. Steps: 10 and 100 epochs of ImageNet
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(8,),
                z_channels=256, code_dim=256, codebook_size=16384, depth=4, lpips="download", disc_start=0,
                disc_width=64, dropout=0.1, label_dropout=0.0, tau=0.5, batch_size=128, batch_size_prior=2048,
@@ -330,8 +336,9 @@ class RQBottleneck(nn.Module):
 
     The codes are running means (no gradient moves them): for each depth in turn, cluster_size_ema and embed_ema follow
     the counts and sums of the residuals that chose each code. QUIRKS of the release, all kept:
-    - within one training step the codebook changes D times: depth d + 1 searches where depth d has just moved the
-      codes, and the vectors added up are those from before each change;
+    - within one training step the codebook changes D times: depth d + 1 searches in the codebook that depth d has just
+      updated, and the vectors added up are those from before each change. As counts start at 0, step 1 restarts
+      nearly every code: they begin at latents;
     - restart: a code whose mean count is below 1 AFTER the update becomes a random residual of the batch, count 1;
     - the weight has a last row, a padding of zeros, that no search and no update touches;
     - the commitment is the mean over the D partial sums (paper: their sum).
@@ -465,7 +472,7 @@ class SpatialNorm(nn.Module):
     """
     def __init__(self, norm_layer, channels, z_q):
         super().__init__()
-        self.norm_layer, self.z_q = norm_layer, z_q             # z_q: a list of one tensor, shared by the whole decoder
+        self.norm_layer, self.z_q = norm_layer, z_q             # [code map]: one list for all, set by decode_latents
         self.conv_y, self.conv_b = (nn.Conv2d(channels, norm_layer.num_channels, 1) for _ in range(2))
 
     def forward(self, x):
@@ -523,7 +530,7 @@ class MOVQ(nn.Module):
 
 # === Prior: the RQ-Transformer ========================================================================================
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to this and earlier positions; dropout on its output alone (VQGAN's: also inside)."""
+    """Multi-head attention to this and earlier positions. Dropout: its output's alone (VQGAN's: its weights' too)."""
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -626,7 +633,7 @@ class RQTransformer(nn.Module):
         return self.input_mlp(e).sum(2)
 
     def body(self, e, labels=None):
-        """Vectors of all codes e (B, T, D, E) -> contexts (B, T, M), outputs at the condition but its last (B, _, M).
+        """Vectors of all codes e (B, T, D, E) -> contexts (B, T, M), outputs at the condition's tokens but the last.
 
         The last place is no input. A place's position is that of the input, not of what it predicts.
         """
@@ -658,13 +665,13 @@ class RQTransformer(nn.Module):
         soft (B, N, V): soft labels in place of the tokens. Captions: 1 - text_weight of it and text_weight of theirs.
         """
         e = F.embedding(tokens.view(len(tokens), self.places, self.depth), self.codebook)
-        context, read = self.body(e, labels)
+        context, caption = self.body(e, labels)
         logits = self.head(context, e).flatten(1, 2).float()
         nll = soft_cross_entropy(logits, soft) if soft is not None else \
             F.cross_entropy(logits.transpose(1, 2), tokens.flatten(1), reduction="none")
         loss, metrics = nll.mean(), {f"nats_{d}": nll[:, d::self.depth].mean() for d in range(self.depth)}
         if self.cond_classifier is not None and labels is not None:
-            words = self.cond_classifier(read).float()
+            words = self.cond_classifier(caption).float()
             metrics["text"] = F.cross_entropy(words.flatten(0, 1), labels[:, 1:].flatten())
             loss = (1 - self.config.text_weight) * loss + self.config.text_weight * metrics["text"]
         return loss, metrics
@@ -841,11 +848,11 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
     tokens = torch.zeros(B, T * D, dtype=torch.long, device=labels.device)
     if given:
         tokens[:, :given] = known
-    both = lambda x: x.repeat(len(labels) // B, *[1] * (x.ndim - 1))            # the same codes with and without class
+    doubled = lambda x: x.repeat(len(labels) // B, *[1] * (x.ndim - 1))         # the same codes with and without class
     body_cache, start = prior.body_transformer.new_cache(prior.length + T), given // D
     x = prior.condition(labels, len(labels))                                    # then all places known in full, at once
     if start:
-        e = F.embedding(both(tokens[:, :start * D]).view(len(labels), start, D), prior.codebook)
+        e = F.embedding(doubled(tokens[:, :start * D]).view(len(labels), start, D), prior.codebook)
         x = torch.cat([x, prior.place_inputs(e) + prior.pos_emb_hw[:, :start]], 1)
     for t in range(start, T):
         context = prior.body_transformer(x, body_cache)[:, -1:]
@@ -861,9 +868,9 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
                 tokens[:, n] = torch.multinomial(p, 1, generator=generator)[:, 0]
                 if trace is not None:
                     trace.append({"position": n, "logits": logits, "tokens": tokens.clone()})
-            e = F.embedding(both(tokens[:, t * D:n + 1]), prior.codebook)       # (B, d + 1, E)
+            e = F.embedding(doubled(tokens[:, t * D:n + 1]), prior.codebook)       # (B, d + 1, E)
             x = prior.head_mlp(e.sum(1, keepdim=True))
-        x = prior.place_inputs(e[:, None]) + prior.pos_emb_hw[:, t:t + 1]
+        x = prior.place_inputs(e[:, None]) + prior.pos_emb_hw[:, t:t + 1]       # e: all D vectors of this place
     return tokenizer.decode(tokens.view(B, c.side, c.side, D)).clamp(-1, 1)
 
 
@@ -966,7 +973,7 @@ def train_prior(config, data, run, tokenizer):
               f"{perplexity:.1f}; try a smaller --lr-tokenizer or more --train-steps-tokenizer")
     optimizer = torch.optim.AdamW(prior.parameters(), config.lr_prior, (0.9, 0.95), weight_decay=1e-4)
     if config.compile:
-        prior.compile()
+        prior.loss = torch.compile(prior.loss)                                  # loss does not go through forward
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} places of {prior.depth} "
           f"codes; yardsticks in nats per token: {math.log(config.codebook_size):.3f} if all codes were alike, "
           f"{perplexity.log():.3f} without context")
@@ -994,30 +1001,39 @@ def train_prior(config, data, run, tokenizer):
 
 
 # === Official weights: kakaobrain/rq-vae-transformer, ai-forever/MoVQGAN ==============================================
+# Copied from vqgan_gpt.py
 def read_weights(source):
-    """Path of a checkpoint, or a state dict -> state dict with our names, depth (0: not a tokenizer with a stack).
-
-    UserError: missing, damaged, or neither.
-    """
-    hint = "give a model.pt of kakaobrain/rq-vae-transformer or a .ckpt of ai-forever/MoVQGAN"
-    name, loaded = ("the dict", source) if isinstance(source, dict) else (source, None)
-    if loaded is None:
-        with explain(f"{source} cannot be read as a checkpoint", hint):
+    """Path of a checkpoint, or a state dict -> state dict of tensors on the CPU. UserError: missing or damaged."""
+    if not isinstance(source, dict):
+        # Lightning names its callbacks' classes in a checkpoint: an empty class of that name, and nothing is executed
+        stub = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+        torch.serialization.add_safe_globals([stub])
+        with explain(f"{source} cannot be read as a checkpoint", "give a .ckpt or .pth of the release"):
             loaded = torch.load(source, map_location="cpu", weights_only=True)
+    else:
+        loaded = source
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
-                                              for key, value in state.items()):
-        if isinstance(loaded, dict) and "progress" in loaded:
-            hint = "it is a run of this script: name its folder"
-        raise UserError(f"{name} holds no names and tensors: {hint}")
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in state.items()):
+        hint = "it is a run of this script: name its folder" if isinstance(loaded, dict) and "progress" in loaded else \
+            "give a .ckpt or .pth of the release"
+        raise UserError(f"{'the dict' if isinstance(source, dict) else source} holds no names and tensors: {hint}")
+    return state
+
+
+def our_names(state):
+    """A release's names and tensors -> ours (float32 copies), depth (number of codebook names; 0: no stack).
+
+    UserError: the depths' codebooks differ; every release has one tensor under D names.
+    """
     found, depths = {}, set()
     for key, value in state.items():
         if key.startswith(("ema_", "loss.")):                                   # MoVQGAN's training leftovers
             continue
-        new = re.sub(r"quantizer\.codebooks\.\d+", "quantizer", key)             # one tensor under D names
+        new = re.sub(r"quantizer\.codebooks\.\d+", "quantizer", key)
         depths |= {key} if new == "quantizer.weight" else set()
-        if new in found and found[new].shape != value.shape:
-            raise UserError(f"{name}: {key} differs from the codebook of the first depth, which all depths share")
+        if new in found and (found[new].shape != value.shape or not (value.is_meta or torch.equal(found[new], value))):
+            raise UserError(f"{key} differs from the first depth's: no model of the release, whose depths share theirs")
         found.setdefault(new, value.to(torch.float32, copy=True))
     return found, len(depths)
 
@@ -1029,7 +1045,7 @@ def from_official(source, config=None):
     heads of 64 features) are read; the rest is seen by the weights.
     Every name and shape must fit: else UserError with the first five that do not.
     """
-    (state, depth), name = read_weights(source), "the state dict" if isinstance(source, dict) else source
+    (state, depth), name = our_names(read_weights(source)), "the state dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is none of these papers' models", "its shapes make no sense"), torch.device("meta"):
@@ -1037,7 +1053,7 @@ def from_official(source, config=None):
         if {"classifier.linear.weight", "pos_emb_hw", "pos_emb_d"} <= state.keys():
             width = size("pos_emb_hw", 2)
             text = "cond_classifier.linear.weight" in state
-            kind = Config(
+            kind = Config(                                                      # pixels unknown: any f gives the side
                 image_size=8 * math.isqrt(size("pos_emb_hw", 1)), ch_mult=(1, 1, 1, 1), disc_weight=0.0,
                 depth=size("pos_emb_d", 1), width=width,
                 codebook_size=size("classifier.linear.weight"), code_dim=size("input_mlp.weight", 1),
@@ -1127,7 +1143,7 @@ def check(config):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     for name in ("codebook_decay", "dropout", "label_dropout", "text_weight"):
-        need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: 0 to 1")
+        need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
     need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
@@ -1659,7 +1675,7 @@ def psnr(a, b):
 
 def load(args):
     """What a verb works on, from a run folder or from released weights -> run, tokenizer, prior (or None)."""
-    if not args.official:
+    if not getattr(args, "official", None):
         if not args.run:
             raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
         return load_run(args.run)
@@ -1667,13 +1683,20 @@ def load(args):
         args.photos = [args.run, *args.photos]
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, RQTransformer) or len(args.official) > 2:
-        raise UserError("--official needs the tokenizer first, then its transformer")
+        raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
     run = Run.__new__(Run)                                                      # no folder: pictures go to this one
     run.config, run.folder = tokenizer.config, Path(".")
     run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if len(args.official) > 1:
-        prior = bind(from_official(args.official[1]), tokenizer, args.official[1])
-        run.config = prior.config
+        prior = from_official(args.official[1])
+        if isinstance(tokenizer, MOVQ) or not isinstance(prior, RQTransformer):
+            raise UserError(f"{' '.join(args.official)}: give an RQ-VAE and its transformer")
+        if prior.config.condition == "text":
+            raise UserError(f"{args.official[1]} reads byte pairs, whose vocabulary is not here: in Python, "
+                            f"sample takes their numbers, (B, {prior.length})")
+        bind(prior, tokenizer, args.official[1])
+        side, theirs = prior.config.side, tokenizer.config
+        run.config = dataclasses.replace(prior.config, ch_mult=theirs.ch_mult, image_size=side * theirs.f)
     elif args.verb != "reconstruct":
         raise UserError(f"{args.official[0]} is a tokenizer: {args.verb} needs its transformer too, behind it")
     run.state = {"classes": [str(i) for i in range(run.config.num_classes)]}
@@ -1683,7 +1706,7 @@ def load(args):
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
-        if args.official:
+        if getattr(args, "official", None):
             raise UserError("released weights come without test images: give photos")
         data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
         return data.test[0][:number] / 127.5 - 1, conditions_of(run.config, data, "test")[:number]
@@ -1710,6 +1733,7 @@ def read_conditions(args, run, num):
 
 
 def draw_images(args, run, tokenizer, prior, labels, known=None):
+    """Conditions (B,) or (B, L_cond), first tokens known (B, n) -> images (B, 3, H, W), in parts that fit in memory."""
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
                 for name in ("temperature", "top_k", "top_p", "guidance")}
     if not run.config.num_classes and args.guidance is None:
@@ -1807,7 +1831,7 @@ RUN = "run --official --out --num --seed --temperature --top-k --top-p --guidanc
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "photos": dict(nargs="*", help="image files (none: the first test images)"),
-    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer, and its transformer, in place of a run"),
+    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
@@ -1824,7 +1848,7 @@ VERBS = {   # name: (function, help, flags)
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",
-                 "run --official --data-dir")}
+                 "run --data-dir")}
 
 if __name__ == "__main__":
     main()

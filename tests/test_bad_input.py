@@ -535,6 +535,15 @@ def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp
     fails(module, "reconstruct", "--official", "transformer.pt", says=["tokenizer first"])
     fails(module, "reconstruct", "--official", "no.pt", says=["no.pt cannot be read"])
     fails(module, "reconstruct", "--official", str(run / "checkpoint.pt"), says=["a run of this script"])
+    text = module.RQTransformer(dataclasses.replace(config, width=64, heads=1, label_dropout=0.0, guidance=1.0, num_classes=0, condition="text"), (50, 9))
+    torch.save({k: v for k, v in text.state_dict().items() if k != "codebook"}, "text.pt")
+    fails(module, "sample", "--official", "tokenizer.pt", "text.pt", says=["text.pt reads byte pairs", "(B, 9)"])
+    # and a pair that fits: the transformer's file does not say how many pixels a place has
+    fits = module.RQTransformer(dataclasses.replace(config, width=64, heads=1, label_dropout=0.0, guidance=1.0, depth=3))
+    torch.save({"state_dict": {k: v for k, v in fits.state_dict().items() if k != "codebook"}}, "fits.pt")
+    Image.new("RGB", (20, 9)).save("photo.png")
+    module.main(["complete", "photo.png", "--labels", "1", "--num", "2", "--out", "out.png", "--official", "tokenizer.pt", "fits.pt"])
+    assert Image.open("out.png").size == (4 * (64 + 2), 64 + 2)
 
 
 def test_two_processes_need_a_divisible_batch(module, monkeypatch):

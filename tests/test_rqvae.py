@@ -208,7 +208,8 @@ def test_presets_have_the_released_sizes():
 
 
 @pytest.mark.parametrize("state, says", [
-    ({"quantizer.codebooks.0.weight": torch.zeros(5, 2), "quantizer.codebooks.1.weight": torch.zeros(6, 2)}, "differs from the codebook"),
+    ({"quantizer.codebooks.0.weight": torch.zeros(5, 2), "quantizer.codebooks.1.weight": torch.zeros(6, 2)}, "differs from the first depth"),
+    ({"quantizer.codebooks.0.weight": torch.zeros(5, 2), "quantizer.codebooks.1.weight": torch.ones(5, 2)}, "differs from the first depth"),
     ({f"layers.{i}.weight": torch.zeros(2) for i in range(7)}, "layers.0.weight"),
     ({"classifier.linear.weight": torch.zeros(3)}, "none of these papers' models")])
 def test_odd_weights_get_one_line(state, says):
@@ -238,3 +239,21 @@ def test_shapes_and_dtypes_are_those_of_the_docstrings():
     assert rqvae.sample(tokenizer, prior, torch.zeros(B, dtype=torch.long)).shape == images.shape
     assert rqvae.encode_all(tokenizer, torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "cpu", latents=True).shape == (3, E, h, h)
     assert rqvae.filtered(torch.zeros(B, V)).shape == (B, V)
+
+
+def test_lpips_weights_of_a_released_vqgan(tmp_path):
+    """Planted: a reader of weights that drops the names of losses."""
+    given, taken = rqvae.LPIPS(), rqvae.LPIPS()
+    torch.save({"state_dict": {f"loss.perceptual_loss.{name}": value for name, value in given.state_dict().items()}}, tmp_path / "last.ckpt")
+    rqvae.load_lpips(taken, dataclasses.replace(TINY, lpips=str(tmp_path / "last.ckpt")))
+    assert all(torch.equal(value, taken.state_dict()[name]) for name, value in given.state_dict().items())
+
+
+def test_compile_compiles_what_training_calls(tmp_path, monkeypatch):
+    """Planted: prior.compile(), which compiles forward, which training does not call."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
+    config = dataclasses.replace(TINY, compile=True, train_steps_prior=1, train_images=20, test_images=10, batch_size_prior=4)
+    data = rqvae.load_data(config)
+    rqvae.train_prior(config, data, rqvae.Run(tmp_path / "run", config, data.classes), RQVAE(config).eval())
+    assert calls == ["loss"]
