@@ -96,7 +96,7 @@ class Config:
     codebook_size: int = 128        # V, codes of the one codebook
     depth: int = 4                  # D, codes at every place
     codebook_decay: float = 0.99    # decay of the running means that the codes are
-    restart: bool = True            # codes with a mean count below 1 per update move to a random residual
+    restart: bool = True            # codes of a mean count below 1 move to a residual (off: step 1 loses most codes)
     beta: float = 0.25              # weight of the commitment loss
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or file with its weights
     disc_weight: float = 0.75       # the GAN's share after the adaptive weight (0: no GAN)
@@ -123,7 +123,8 @@ class Config:
     train_steps_prior: int = 3000   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4e-5)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 5e-4)
-    warmup: int = 30                # steps of warm-up; then a cosine to zero (0: constant)
+    warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
+    warmup: int = 30                # the same of the transformer
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
@@ -154,13 +155,13 @@ class Config:
         return max(1, self.num_classes + (self.label_dropout > 0 and self.num_classes > 0)), 1
 
 
-# The release: f = 32, 8 x 8 places, four codes each; its configs' settings. Of the transformer's rate, a cosine without
-# warm-up, `warmup` 0 makes a constant: give --warmup 1. Steps: 10 and 100 epochs of ImageNet
+# The release: f = 32, 8 x 8 places, four codes each; its configs' settings. Steps: 10 and 100 epochs of
+# ImageNet, 150 and 200 of FFHQ. Its warm-up of the tokenizer (half an epoch of ImageNet, five of FFHQ) is left out
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(8,),
                z_channels=256, code_dim=256, codebook_size=16384, depth=4, lpips="download", disc_start=0,
                disc_width=64, dropout=0.1, label_dropout=0.0, tau=0.5, batch_size=128, batch_size_prior=2048,
-               lr_tokenizer=4e-5, lr_prior=5e-4, warmup=0, top_k=0, top_p=1.0, guidance=1.0, save_every=2000,
-               log_every=50, train_steps_tokenizer=100_000, train_steps_prior=62_500)
+               lr_tokenizer=4e-5, lr_prior=5e-4, warmup_tokenizer=0, warmup=1, top_k=0, top_p=1.0, guidance=1.0,
+               save_every=2000, log_every=50, train_steps_tokenizer=100_000, train_steps_prior=62_500)
 IMAGENET = RELEASE | dict(data="imagenet256", num_classes=1000, width=1536, heads=24, head_layers=4, top_p=0.92)
 PRESETS = {
     "demo": Config(),
@@ -169,7 +170,8 @@ PRESETS = {
                       disc_start=2400, train_steps_tokenizer=3600, lr_tokenizer=8e-4, body_layers=6, head_layers=2,
                       width=192, heads=6, train_steps_prior=6000, batch_size_prior=16, lr_prior=1.5e-3),
     "ffhq256": Config(**RELEASE | dict(data="ffhq256", num_classes=0, attn_resolutions=(16,), codebook_size=2048,
-                      width=1024, heads=16, body_layers=24, head_layers=4, batch_size_prior=128, top_k=250)),
+                      width=1024, heads=16, body_layers=24, head_layers=4, batch_size_prior=128, top_k=250,
+                      train_steps_tokenizer=82_000, train_steps_prior=109_000)),
     "imagenet256-480M": Config(**IMAGENET | dict(body_layers=12)),
     "imagenet256-821M": Config(**IMAGENET | dict(body_layers=24)),
     "imagenet256-1.4B": Config(**IMAGENET | dict(body_layers=42, head_layers=6)),
@@ -832,7 +834,8 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
     labels (B,) int64 classes (num_classes: no class), or words (B, L_cond). known (B, n) int64: the first n tokens,
     kept as they are. top_k, top_p: one value, or a list of one for each depth. guidance: see Config. trace: a list that
     gets {position, logits (B, V), tokens (B, N)} for each draw. Returns images (B, 3, H, W) in [-1, 1].
-    Raises UserError for a top_k above V, guidance without dropped labels, a codebook that is not the prior's.
+    Raises UserError for a top_k above V, guidance without dropped labels, a codebook that is not the prior's,
+    top_p or known out of range.
     """
     B, D, T, c, V = len(labels), prior.depth, prior.places, prior.config, tokenizer.codebook_size
     top_k, top_p = ((x if isinstance(x, (list, tuple)) else [x] * D) for x in (top_k, top_p))
@@ -845,6 +848,8 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
             raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
         labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
     given = 0 if known is None else known.shape[1]
+    if given > T * D or given and not 0 <= known.min() <= known.max() < V:
+        raise UserError(f"known: at most {T * D} codes, each from 0 to {V - 1}")
     tokens = torch.zeros(B, T * D, dtype=torch.long, device=labels.device)
     if given:
         tokens[:, :given] = known
@@ -906,7 +911,7 @@ def train_tokenizer(config, data, run):
         [images] = shard(data.batch("train", config.batch_size, generator)[0], device=run.device)
         adversary = discriminator if config.disc_weight and step >= config.disc_start else None
         for optimizer in optimizers:
-            set_lr(optimizer, config.lr_tokenizer, step, config.warmup, config.train_steps_tokenizer)
+            set_lr(optimizer, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
         # 1. the autoencoder, with the discriminator's opinion as a part of its loss
         with autocast(run.device):
             again, found = tokenizer(images, generator)
@@ -962,6 +967,14 @@ def conditions_of(config, data, split):
     return read_captions(shape_captions({"train": 0, "test": 1}[split], range(len(getattr(data, split)[0]))))
 
 
+def shorten(words, generator):
+    """Captions (B, 7) with size, colour and place left out at random, three in ten each: short ones work as well."""
+    keep, always = torch.rand(len(words), 3, generator=generator) >= 0.3, torch.ones(len(words), 1, dtype=torch.bool)
+    keep = torch.cat([always, keep[:, :2], always, keep[:, 2:].repeat(1, 3)], 1)    # a SIZE COLOUR shape at the PLACE
+    order = (~keep).sort(dim=1, stable=True)
+    return words.gather(1, order.indices).masked_fill(order.values, 0)
+
+
 def train_prior(config, data, run, tokenizer):
     """Soft cross-entropy of codes that are drawn anew at every step from the cached latents. Returns the prior."""
     torch.manual_seed(config.seed)
@@ -989,6 +1002,7 @@ def train_prior(config, data, run, tokenizer):
         if config.num_classes and config.label_dropout:
             dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
             labels = labels.masked_fill(dropped, config.num_classes)
+        labels = shorten(labels, generator) if config.condition == "text" else labels
         soft, codes, labels = shard(soft, codes, labels, device=run.device)
         with autocast(run.device):
             loss, metrics = prior.loss(codes.flatten(1), labels, soft.flatten(1, 3) if config.soft_labels else None)
@@ -1138,16 +1152,17 @@ def check(config):
     for names, least in (("batch_size batch_size_prior log_every save_every image_size num_res_blocks z_channels "
                           "code_dim depth disc_layers disc_width width heads body_layers head_layers", 1),
                          ("codebook_size", 2), ("temperature", 1e-3),
-                         ("warmup train_images test_images train_steps_tokenizer train_steps_prior num_classes "
-                          "disc_start disc_weight beta", 0)):
+                         ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
+                          "num_classes disc_start disc_weight beta", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     for name in ("codebook_decay", "dropout", "label_dropout", "text_weight"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
-    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
-    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau > 0 and c.clip > 0, "lr, tau and clip must be positive")
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
+    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau >= 1e-8 and c.clip > 0, "lr, tau and clip must be positive")
+    need(not c.lpips or c.image_size >= 16, f"LPIPS needs images of at least 16 pixels, these have {c.image_size}")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
     need(c.ch > 0 and c.groups > 0 and c.ch % c.groups == 0, f"ch {c.ch} is not divisible by groups, {c.groups}")
@@ -1498,7 +1513,7 @@ class Run:
         metrics = dict(zip(metrics, values.tolist()))
         if not values.isfinite().all():
             raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint is "
-                            f"{self.checkpoint}: train anew with a smaller --lr")
+                            f"{self.checkpoint}: train anew with a smaller learning rate")
         if step % self.config.log_every == 0:
             self.state["metrics"].append({"stage": stage, "step": step, **metrics})
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
@@ -1640,6 +1655,8 @@ def train_command(args):
     data = load_data(config)
     run = run if args.resume else Run(args.out or f"runs/{NAME}_{preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))
+    if args.resume and fields:
+        run.save()                                                              # the data may have moved after the end
     if run.is_main:
         run.plot()
         for verb in ("reconstruct", "evaluate", "sample"):

@@ -95,6 +95,15 @@ def test_corrupt_image_is_named_and_can_be_skipped(module, fails, tmp_path):
     assert data.classes == ["cat", "dog"] and len(data.train[0]) + len(data.test[0]) == 21 and len(data.test[0]) == 2
 
 
+def test_data_that_moved_after_the_last_step(module, tmp_path):
+    """Planted: the new place not saved, since no step is left (evaluate then looks in the old one)."""
+    make_images(tmp_path / "data")
+    module.main(["train", *TINY, "--batch-size", "2", "--train-steps-prior", "1", "--num-classes", "2", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    module.main(["train", "--resume", str(tmp_path / "run"), "--data", str(tmp_path / "moved")])
+    module.main(["evaluate", str(tmp_path / "run")])
+
+
 def test_truncated_zip(module, fails, tmp_path):
     make_images(tmp_path / "data")
     path = shutil.make_archive(tmp_path / "images", "zip", tmp_path / "data")

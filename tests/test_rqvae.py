@@ -257,3 +257,23 @@ def test_compile_compiles_what_training_calls(tmp_path, monkeypatch):
     data = rqvae.load_data(config)
     rqvae.train_prior(config, data, rqvae.Run(tmp_path / "run", config, data.classes), RQVAE(config).eval())
     assert calls == ["loss"]
+
+
+def test_captions_are_shortened_to_captions():
+    """Each part goes in three of ten; what is left is a caption, padded behind. Planted: [pad] in the middle."""
+    words = rqvae.read_captions(["a small red star at the top"] * 2000)
+    short = rqvae.shorten(words, torch.Generator().manual_seed(0))
+    texts = [" ".join(rqvae.WORDS[w] for w in row if w) for row in short.tolist()]
+    assert torch.equal(short, rqvae.read_captions(texts))
+    assert set(texts) == {" ".join(filter(None, ("a", size, colour, "star", place)))
+                          for size in ("small", "") for colour in ("red", "") for place in ("at the top", "")}
+    for word in ("small", "red", "top"):
+        assert abs(sum(word in text for text in texts) / 2000 - 0.7) < 0.05
+
+
+def test_known_codes_out_of_range_get_one_line():
+    tokenizer, prior = RQVAE(TINY).eval(), RQTransformer(TINY).eval()
+    bind(prior, tokenizer)
+    for known in (torch.zeros(1, 49, dtype=torch.long), torch.full((1, 2), 16), torch.full((1, 2), -1)):
+        with pytest.raises(UserError, match="known: at most 48 codes, each from 0 to 15"):
+            rqvae.sample(tokenizer, prior, torch.zeros(1, dtype=torch.long), known=known)

@@ -1,4 +1,4 @@
-"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2]
+"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2 rqvae]
 
 Weights, gradients, two moments of Adam (16 bytes a parameter; 20 where an average of the weights is kept), and all tensors that
 autograd keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta
@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pixelcnn  # noqa: E402
+import rqvae  # noqa: E402
 import vqgan_gpt  # noqa: E402
 import vqvae2  # noqa: E402
 
@@ -67,7 +68,24 @@ def vqvae2_stages(config):
     yield "prior", config.batch_size_prior, 16, [prior], loss
 
 
-STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages), "vqvae2": (vqvae2, vqvae2_stages)}
+def rqvae_stages(config):
+    tokenizer, discriminator = rqvae.build_tokenizer(config), rqvae.NLayerDiscriminator(3, config.disc_width, config.disc_layers)
+    perceptual, last_layer = rqvae.LPIPS() if config.lpips else None, tokenizer.decoder.conv_out.weight
+    images = torch.zeros(config.batch_size, 3, *[config.image_size] * 2)
+
+    def loss():
+        again = tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.latents(images)))     # the quantizer keeps little beside
+        rqvae.generator_loss(config, images, again, again.mean(), last_layer, perceptual, discriminator)
+    yield "tokenizer", config.batch_size, 16, [tokenizer, discriminator, *[perceptual] * bool(perceptual)], loss
+    prior = rqvae.build_prior(config)
+    tokens = torch.zeros(config.batch_size_prior, prior.places * prior.depth, dtype=torch.long)
+    conditions = torch.zeros(config.batch_size_prior, prior.length, dtype=torch.long)
+    yield "prior", config.batch_size_prior, 16, [prior], lambda: prior.loss(
+        tokens, conditions[:, 0] if prior.length == 1 else conditions, torch.zeros(*tokens.shape, config.codebook_size))
+
+
+STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages), "vqvae2": (vqvae2, vqvae2_stages),
+          "rqvae": (rqvae, rqvae_stages)}
 
 
 if __name__ == "__main__":
