@@ -83,24 +83,24 @@ class Config:
     train_images: int = 0           # use only this many training images (0: all; of the endless shapes 20,000)
     test_images: int = 0            # use only this many test images (0: all; of the endless shapes 2,000)
     skip_corrupt: bool = False      # leave out images that cannot be read, instead of stopping
-    image_size: int = 32            # side of the (square) images in pixels
+    image_size: int = 24            # side of the (square) images in pixels
     num_classes: int = 9            # classes the transformer is told (0: a start token, or the caption)
     # tokenizer
-    ch: int = 32                    # width of the first level, a multiple of the groups
-    groups: int = 8                 # groups of GroupNorm (release: 32)
-    ch_mult: tuple = (1, 1, 2, 2)   # widths of the levels in units of ch; each level but the last halves the side
+    ch: int = 16                    # width of the first level, a multiple of the groups
+    groups: int = 4                 # groups of GroupNorm (release: 32)
+    ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
     attn_resolutions: tuple = ()    # sides, computed from the image size, at which a level has attention
     z_channels: int = 64            # channels between encoder and quantizer, and quantizer and decoder
     code_dim: int = 16              # E, width of a code
-    codebook_size: int = 128        # V, codes of the one codebook
+    codebook_size: int = 64         # V, codes of the one codebook
     depth: int = 4                  # D, codes at every place
     codebook_decay: float = 0.99    # decay of the running means that the codes are
     restart: bool = True            # codes of a mean count below 1 move to a residual (off: step 1 loses most codes)
     beta: float = 0.25              # weight of the commitment loss
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or file with its weights
-    disc_weight: float = 0.75       # the GAN's share after the adaptive weight (0: no GAN)
-    disc_start: int = 800           # first step of the GAN; before it the discriminator does not learn (release: 0)
+    disc_weight: float = 0.3        # the GAN's share after the adaptive weight (0: no GAN; release: 0.75)
+    disc_start: int = 700           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
     # transformer
@@ -108,19 +108,19 @@ class Config:
     width: int = 128                # M, width of body and head
     heads: int = 4                  # attention heads of both
     body_layers: int = 4            # blocks over the places
-    head_layers: int = 2            # blocks over the depths of a place
+    head_layers: int = 1            # blocks over the depths of a place
     dropout: float = 0.0            # of the outputs of attention and mlp (release: 0.1)
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     text_weight: float = 0.1        # share of the caption's own likelihood in the loss
     soft_labels: bool = True        # targets are softmax(-distance / tau) over the codes, not the one code
     stochastic_codes: bool = True   # codes are drawn from that softmax, anew at every step
-    tau: float = 0.01               # its temperature, in units of the squared distance, a sum over E (release: 0.5)
+    tau: float = 0.003              # its temperature, in units of the squared distance, a sum over E (release: 0.5)
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
-    batch_size_prior: int = 32      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 1000  # steps of the tokenizer
-    train_steps_prior: int = 3000   # steps of the transformer
+    batch_size_prior: int = 16      # images per step of the transformer, over all processes
+    train_steps_tokenizer: int = 900  # steps of the tokenizer
+    train_steps_prior: int = 1800   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4e-5)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 5e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
@@ -130,7 +130,7 @@ class Config:
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
     top_k: int = 0                  # only the k likeliest codes are drawn (0: all)
-    top_p: float = 0.9              # only the likeliest codes that together reach probability p are drawn
+    top_p: float = 0.8              # only the likeliest codes that together reach probability p are drawn
     guidance: float = 2.0           # logits = no class + guidance (class - no class); 1: none
     compile: bool = False           # torch.compile (CUDA)
 
@@ -158,17 +158,18 @@ class Config:
 # The release: f = 32, 8 x 8 places, four codes each; its configs' settings. Steps: 10 and 100 epochs of
 # ImageNet, 150 and 200 of FFHQ. Its warm-up of the tokenizer (half an epoch of ImageNet, five of FFHQ) is left out
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(8,),
-               z_channels=256, code_dim=256, codebook_size=16384, depth=4, lpips="download", disc_start=0,
-               disc_width=64, dropout=0.1, label_dropout=0.0, tau=0.5, batch_size=128, batch_size_prior=2048,
-               lr_tokenizer=4e-5, lr_prior=5e-4, warmup_tokenizer=0, warmup=1, top_k=0, top_p=1.0, guidance=1.0,
-               save_every=2000, log_every=50, train_steps_tokenizer=100_000, train_steps_prior=62_500)
+               z_channels=256, code_dim=256, codebook_size=16384, depth=4, lpips="download", disc_weight=0.75,
+               disc_start=0, disc_width=64, dropout=0.1, label_dropout=0.0, tau=0.5, batch_size=128,
+               batch_size_prior=2048, lr_tokenizer=4e-5, lr_prior=5e-4, warmup_tokenizer=0, warmup=1, top_p=1.0,
+               guidance=1.0, save_every=2000, log_every=50, train_steps_tokenizer=100_000, train_steps_prior=62_500)
 IMAGENET = RELEASE | dict(data="imagenet256", num_classes=1000, width=1536, heads=24, head_layers=4, top_p=0.92)
 PRESETS = {
     "demo": Config(),
-    "mnist": Config(data="mnist", num_classes=10),
-    "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), z_channels=128, codebook_size=512,
-                      disc_start=2400, train_steps_tokenizer=3600, lr_tokenizer=8e-4, body_layers=6, head_layers=2,
-                      width=192, heads=6, train_steps_prior=6000, batch_size_prior=16, lr_prior=1.5e-3),
+    "mnist": Config(data="mnist", image_size=28, num_classes=10),
+    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch=32, groups=8, z_channels=128, codebook_size=512,
+                      disc_weight=0.5, disc_start=1600, train_steps_tokenizer=2200, lr_tokenizer=8e-4,
+                      warmup_tokenizer=100, body_layers=8, train_steps_prior=5000, lr_prior=1.5e-3, warmup=100, tau=1e-3,
+                      guidance=3.0, top_p=0.9),
     "ffhq256": Config(**RELEASE | dict(data="ffhq256", num_classes=0, attn_resolutions=(16,), codebook_size=2048,
                       width=1024, heads=16, body_layers=24, head_layers=4, batch_size_prior=128, top_k=250,
                       train_steps_tokenizer=82_000, train_steps_prior=109_000)),
@@ -984,7 +985,8 @@ def train_prior(config, data, run, tokenizer):
     if perplexity < 0.05 * config.codebook_size:
         print(f"warning: the codebook collapsed: {share:.1%} of {config.codebook_size} codes are used, perplexity "
               f"{perplexity:.1f}; try a smaller --lr-tokenizer or more --train-steps-tokenizer")
-    optimizer = torch.optim.AdamW(prior.parameters(), config.lr_prior, (0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(prior.parameters(), config.lr_prior, (0.9, 0.95), weight_decay=1e-4,
+                                  fused=True)
     if config.compile:
         prior.loss = torch.compile(prior.loss)                                  # loss does not go through forward
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} places of {prior.depth} "

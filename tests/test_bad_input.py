@@ -496,16 +496,18 @@ def trained_rqvae(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--image-size", "36"], ["36 pixels", "f = 8"]),
+    (["--image-size", "26"], ["26 pixels", "f = 4"]),
     (["--depth", "0"], ["depth is 0"]),
     (["--condition", "edges"], ["edges", "class or text"]),
     (["--condition", "text"], ["--num-classes 0"]),
     (["--tau", "0"], ["tau", "positive"]),
     (["--heads", "3"], ["width 128", "heads, 3"]),
-    (["--top-k", "129"], ["top_k is 129", "0 to 128"]),
+    (["--top-k", "65"], ["top_k is 65", "0 to 64"]),
     (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
-    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--guidance", "1e9"], ["guidance is 1000000000.0", "up to 100"]),
+    (["--ch", "18"], ["ch 18", "groups, 4"]),
     (["--image-size", "8"], ["disc_layers 2", "too small"]),
+    (["--image-size", "12", "--lpips", "download"], ["LPIPS", "16 pixels", "12"]),
     (["--condition", "text", "--num-classes", "0", "--data", "mnist"], ["captions", "shapes"]),
 ], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
 def test_rqvae_command_lines(fails, words, says, tmp_path, monkeypatch):
