@@ -168,8 +168,8 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch=32, groups=8, z_channels=128, codebook_size=512,
                       disc_weight=0.5, disc_start=1600, train_steps_tokenizer=2200, lr_tokenizer=8e-4,
-                      warmup_tokenizer=100, body_layers=8, train_steps_prior=5000, lr_prior=1.5e-3, warmup=100, tau=1e-3,
-                      guidance=3.0, top_p=0.9),
+                      warmup_tokenizer=100, body_layers=8, train_steps_prior=3000, lr_prior=1.5e-3, warmup=100,
+                      tau=1e-3, guidance=3.0, top_p=0.9),
     "ffhq256": Config(**RELEASE | dict(data="ffhq256", num_classes=0, attn_resolutions=(16,), codebook_size=2048,
                       width=1024, heads=16, body_layers=24, head_layers=4, batch_size_prior=128, top_k=250,
                       train_steps_tokenizer=82_000, train_steps_prior=109_000)),
@@ -1082,7 +1082,7 @@ def from_official(source, config=None):
             levels, ch = count(r"encoder\.down\.(\d+)"), size("encoder.conv_in.weight")
             resolution = given.get("resolution", 256)
             kind = Config(
-                image_size=resolution, num_classes=0, ch=ch, groups=32,
+                image_size=resolution, num_classes=0, ch=ch, groups=32, disc_weight=0.75,
                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"),
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(ch, 1) for i in range(levels)],
                 attn_resolutions=[resolution >> i for i in range(levels) if f"encoder.down.{i}.attn.0.q.bias" in state],
