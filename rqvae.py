@@ -986,7 +986,7 @@ def train_prior(config, data, run, tokenizer):
         print(f"warning: the codebook collapsed: {share:.1%} of {config.codebook_size} codes are used, perplexity "
               f"{perplexity:.1f}; try a smaller --lr-tokenizer or more --train-steps-tokenizer")
     optimizer = torch.optim.AdamW(prior.parameters(), config.lr_prior, (0.9, 0.95), weight_decay=1e-4,
-                                  fused=True)
+                                  fused=run.device.type != "mps")
     if config.compile:
         prior.loss = torch.compile(prior.loss)                                  # loss does not go through forward
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} places of {prior.depth} "
@@ -1048,9 +1048,10 @@ def our_names(state):
             continue
         new = re.sub(r"quantizer\.codebooks\.\d+", "quantizer", key)
         depths |= {key} if new == "quantizer.weight" else set()
-        if new in found and (found[new].shape != value.shape or not (value.is_meta or torch.equal(found[new], value))):
+        first, value = found.get(new), value.to(torch.float32, copy=True)
+        if first is not None and (first.shape != value.shape or not (value.is_meta or torch.equal(first, value))):
             raise UserError(f"{key} differs from the first depth's: no model of the release, whose depths share theirs")
-        found.setdefault(new, value.to(torch.float32, copy=True))
+        found[new] = value
     return found, len(depths)
 
 

@@ -218,6 +218,13 @@ def test_odd_weights_get_one_line(state, says):
     assert "\n" not in str(error.value)
 
 
+def test_weights_in_half_precision_load():
+    """Planted: weights kept in the dtype of the file."""
+    state = {f"quantizer.codebooks.{d}.weight": torch.ones(5, 2, dtype=torch.float16) for d in range(2)}
+    found, depth = rqvae.our_names(state)
+    assert depth == 2 and found["quantizer.weight"].dtype == torch.float32
+
+
 def test_shapes_and_dtypes_are_those_of_the_docstrings():
     """Every public call whose docstring gives a shape. Planted: lookup without its permute."""
     B, h, D, V, E = 2, 4, 3, 16, 8
