@@ -168,7 +168,7 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch=32, groups=8, z_channels=128, codebook_size=512,
                       disc_weight=0.5, disc_start=1600, train_steps_tokenizer=2200, lr_tokenizer=8e-4,
-                      warmup_tokenizer=100, body_layers=8, train_steps_prior=3000, lr_prior=1.5e-3, warmup=100,
+                      warmup_tokenizer=100, body_layers=8, train_steps_prior=10_000, lr_prior=1.5e-3, warmup=100,
                       tau=1e-3, guidance=3.0, top_p=0.9),
     "ffhq256": Config(**RELEASE | dict(data="ffhq256", num_classes=0, attn_resolutions=(16,), codebook_size=2048,
                       width=1024, heads=16, body_layers=24, head_layers=4, batch_size_prior=128, top_k=250,
