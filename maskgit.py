@@ -1011,7 +1011,7 @@ def read_weights(source):
 def torch_layout(name, value):
     """A Flax parameter -> PyTorch's layout: convolutions from H W I O, matrices from I O, heads are joined."""
     last = name.split("/")[-1]
-    if last == "kernel" and value.ndim == 3:                                    # (M, A, M / A) of A heads; out: (A, M / A, M)
+    if last == "kernel" and value.ndim == 3:                                    # A heads: (M, A, M/A), out: (A, M/A, M)
         value = value.flatten(0, 1) if name.split("/")[-2] == "out" else value.flatten(1)
     if last == "kernel":
         value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
@@ -1040,9 +1040,8 @@ def our_names(names):
             k = int(match[1])
             place = "conv_in" if k == 0 else "conv_out" if side == "encoder" or k == L else f"up.{L - k}.upsample_conv"
             rest = rest.replace(match[0], place + "/")
-        name = f"{side}/{rest}".replace("GroupNorm_0", "norm_out").replace("quantizer/codebook",
-                                                                            "quantize/embedding/weight")
-        name = re.sub(r"(Embed|MlmLayer|Attention|Mlp)_0/|self_attention/", "", name)
+        name = re.sub(r"(Embed|MlmLayer|Attention|Mlp)_0/|self_attention/", "", f"{side}/{rest}")
+        name = name.replace("GroupNorm_0", "norm_out").replace("quantizer/codebook", "quantize.embedding/weight")
         name = re.sub(r"TransformerLayer_", "layers/", name).replace("mlm_bias/bias", "mlm_bias")
         return ".".join(inside.get(part, part) for part in name.split("/"))
     return {name: translate(name) if "/" in name else name for name in names}

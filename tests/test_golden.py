@@ -5,6 +5,7 @@ Every <file>_<part>_<anything>.json in tests/golden/, or in the folder named by 
 compute; a recorded output that it does not return fails, unless LEFT_OUT gives the reason.
 """
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
 from golden import check, fill, make_input  # noqa: E402
 
+import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
 import rqvae  # noqa: E402
 import vqgan_gpt  # noqa: E402
@@ -673,6 +675,181 @@ def movq_tokenizer(golden, inputs):
     out |= {f"grad/{name}": p.grad.clone() for name, p in net.named_parameters() if f"grad/{name}" in wanted}
     net.z_q[0] = inputs["cond"]
     return out | {"norm/out": net.decoder.norm_out(inputs["feat"]), "norm/tiny": net.decoder.norm_out(0.001 * inputs["feat"])}
+
+
+def nhwc(x):
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def flax_grads(net, loss, prefix, golden, scale=1000):
+    """{prefix + official name: gradient of scale * loss, in Flax's layout} of the parameters that the file records."""
+    ours, parameters, found = maskgit.our_names(golden["params"]), dict(net.named_parameters()), {}
+    net.zero_grad()
+    (scale * loss).backward(retain_graph=True)
+    for name, shape in golden["params"].items():
+        if prefix + name in golden["outputs"]:
+            grad = parameters[ours[name]].grad
+            grad = grad.permute(2, 3, 1, 0) if grad.ndim == 4 else grad.T if name.endswith("kernel") else grad
+            found[prefix + name] = grad.reshape(shape)
+    return found
+
+
+@checks("maskgit_tokenizer")
+def maskgit_tokenizer(golden, inputs):
+    wanted, ours = golden["outputs"], maskgit.our_names(golden["params"])
+    net = maskgit.from_official(params_of(golden, layout="flax"), golden["config"])
+
+    def module(name):
+        """An official module's name -> ours, by one of its parameters."""
+        inside = next(p for p in golden["params"] if p.startswith(name + "/"))
+        return ours[inside].rsplit(".", inside.count("/") - name.count("/"))[0]
+    names = {name: module(name.removeprefix("given_ids/")) for name in wanted if re.fullmatch(r"(given_ids/)?(en|de)coder/\w+", name)}
+    fed = (nchw(inputs["image"]) + 1) / 2
+    with recorded(net, names.values()) as seen:
+        z = net.encoder(fed)
+        again = net.decoder(net.quantize.lookup(inputs["ids"]))
+    out = {name: nhwc(seen[ours_]) for name, ours_ in names.items()}
+    z_q, indices, losses = net.quantize(z)
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+    distance = (flat[:, None] - net.quantize.embedding.weight).square().sum(-1)
+    assert torch.equal(net.encode(nchw(inputs["image"])), indices)
+    torch.testing.assert_close(net(nchw(inputs["image"]))[0], 2 * net.decoder(z_q) - 1)
+    torch.testing.assert_close(net.decode(inputs["ids"]), 2 * again - 1)
+    out |= {"z": nhwc(z), "indices": indices, "quantized": nhwc(z_q), "reconstruction": nhwc(net.decoder(z_q)), "dist_min": distance.min(1).values,
+            "given_ids/quantized": nhwc(net.quantize.lookup(inputs["ids"])), "given_ids/reconstruction": nhwc(again),
+            "train/quantizer_loss": sum(losses.values()), "train/e_latent_loss": losses["commitment"], "train/q_latent_loss": losses["codebook"],
+            "train/entropy_loss": losses["entropy"], "tiny/z": nhwc(net.encoder(0.001 * fed)),
+            "tiny/groupnorm": nhwc(net.encoder.norm_out(0.001 * nchw(inputs["tiny"])))}
+    out |= {name: maskgit.entropy_loss(-distance, float(m[2]), m[1]) for name in wanted if (m := re.fullmatch(r"entropy/(\w+)_T([\d.]+)", name))}
+    net.quantize.temperature = 1.0                                      # notes: train
+    z_q, _, losses = net.quantize(net.encoder(fed))
+    out["train/loss"] = sum(losses.values()) + (nhwc(net.decoder(z_q)) * inputs["probe"]).mean()
+    return out | flax_grads(net, out["train/loss"], "train/grad/", golden) | flax_grads(net, losses["entropy"], "train/grad_entropy/", golden)
+
+
+@checks("maskgit_discriminator")
+def maskgit_discriminator(golden, inputs):
+    c, params, state = golden["config"], params_of(golden, layout="flax"), {}
+    rename = [("Dense_0", "dense1"), ("Dense_1", "dense2"), (r"^Conv_0", "conv_in"), (r"^Conv_1", "conv_out"), ("ResBlock_", "blocks/"),
+              ("Conv_0", "conv1"), ("Conv_1", "skip"), ("Conv_2", "conv2"), ("kernel", "weight"), ("/", ".")]
+    for name, value in params.items():
+        new = name
+        for old, ours in rename:
+            new = re.sub(old, ours, new)
+        state[new] = maskgit.torch_layout(name, value)
+    nets = [maskgit.Discriminator(c["image_size"], 512 // c["divide"], blur) for blur in (True, False)]
+    for net in nets:
+        net.load_state_dict(state)
+    net, (real, fake) = nets[0], ((nchw(inputs[name]) + 1) / 2 for name in ("real", "fake"))
+    with recorded(net, ["conv_in", "conv_out", "dense1", "dense2", *(f"blocks.{i}" for i in range(len(net.blocks)))]) as seen:
+        net(real)
+    out = {"Conv_0": nhwc(seen["conv_in"]), "Conv_1": nhwc(seen["conv_out"]), "Dense_0": seen["dense1"], "Dense_1": seen["dense2"]}
+    out |= {f"ResBlock_{i}": nhwc(seen[f"blocks.{i}"]) for i in range(len(net.blocks))}
+    out |= {"blur": nhwc(maskgit.downsample(real)), "blur_odd": nhwc(maskgit.downsample(real[:, :, :7, :7]))}
+    logits, r1 = maskgit.r1_penalty(net, real)
+    out |= {"real_logit": logits, "fake_logit": net(fake), "r1": maskgit.Config().r1_weight * r1, "real_logit_avgpool": nets[1](real)}
+    for gan in ("non-saturating", "hinge"):
+        found = maskgit.generator_loss(maskgit.Config(gan=gan), real, fake, 0, None, net)[1]
+        out |= {f"d_loss/{gan}": maskgit.discriminator_loss(gan, logits, out["fake_logit"]), f"g_loss/{gan}": found["g_loss"]}
+    return out
+
+
+@checks("maskgit_transformer")
+def maskgit_transformer(golden, inputs):
+    wanted, c, tokens, labels = golden["outputs"], golden["config"], inputs["ids"], inputs["label"]
+    net, V, n = maskgit.from_official(params_of(golden, layout="flax"), c), c["codebook_size"], inputs["ids"].shape[1]
+    assert net.config.heads == c["num_heads"] and net.config.num_classes == c["num_class"]
+    mask = inputs["mask"].bool()
+    mask[1, :n // 2] = False
+    sequence = net.sequence(tokens.masked_fill(mask, -1), labels)
+    out, x = {"embed": net.embed(sequence), "embed_ln": net.embed(sequence)}, net.embed(sequence)
+    for i, layer in enumerate(net.layers):
+        out[f"layer{i}/self_attention"] = layer.attention(x)
+        out[f"layer{i}/attention"] = layer.attention_output_ln(x + out[f"layer{i}/self_attention"])
+        out[f"layer{i}/mlp"] = x = layer(x)
+    whole = lambda h: F.linear(h, net.word_embeddings.weight, net.mlm_bias)         # the release's logits also have classes and [MASK]
+    out["mlm_ln"] = net.features(sequence)
+    out["logits"] = whole(out["mlm_ln"])
+    out["logits_all_masked"] = whole(net.features(net.sequence(torch.full_like(tokens, -1), labels)))
+    torch.testing.assert_close(net(tokens, labels, mask), out["logits"][:, 1:, :V])
+    for name in wanted:
+        if match := re.fullmatch(r"loss/(\w+)_smooth([\d.]+)(_mean_over_all_masked)?", name):
+            smoothing, logits = float(match[2]), out["logits"][:, 1:]
+            logits = logits[..., :V] if match[1] == "codebook" else logits
+            each = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none", label_smoothing=smoothing) * mask
+            out[name] = each.sum() / mask.sum() if match[3] else (each.sum(1) / mask.sum(1)).mean()
+            if match[1] == "codebook" and not match[3]:
+                net.config = dataclasses.replace(net.config, label_smoothing=smoothing)
+                out[name], found = net.loss(tokens, labels, mask)       # these are the file's own; the others show what it does not do
+                assert smoothing or torch.equal(out[name], found["nats"])
+    out |= flax_grads(net, out["loss/codebook_smooth0.1"], "grad/", golden)
+    with torch.no_grad():
+        for table in (net.word_embeddings, net.position_embeddings):
+            table.weight *= 0.001
+    return out | {"tiny/embed": net.embed(sequence)}
+
+
+def official_method(name):
+    """The release's names of the schedules are others than the paper's, but for pow..., cosine and log."""
+    return {"uniform": "linear", "exp": "exponential"}.get(name, name)
+
+
+@checks("maskgit_schedules")
+def maskgit_schedules(golden, inputs):
+    methods = [official_method(name) for name in re.search(r"method order (.*?), ratio", golden["notes"]["mask_ratio"])[1].split()]
+    ratios, out = torch.arange(golden["config"]["ratios"] + 1) / golden["config"]["ratios"], {}
+    for N in golden["config"]["totals"]:
+        out[f"mask_ratio/N{N}"] = torch.stack([maskgit.schedule(ratios, N, method) for method in methods])
+        logits = [value for value in inputs.values() if value.shape[1] == N]
+        for T in golden["config"]["iters"] if logits else ():
+            def prior(tokens, labels=None, logits=logits):
+                return logits[0]
+            prior.config, counts = maskgit.Config(num_classes=0, guidance=1.0), []
+            for method in methods:
+                maskgit.parallel_decode(prior, torch.full((1, N), -1), steps=T, method=method, generator=torch.Generator().manual_seed(0),
+                                        trace=(trace := []))
+                counts.append(torch.stack([step["masked"].sum() for step in trace]))
+            out[f"masked_counts/N{N}_T{T}"] = torch.stack(counts)
+    return out
+
+
+@checks("maskgit_decode")
+def maskgit_decode(golden, inputs):
+    c, out = golden["config"], {}
+    net = maskgit.from_official(params_of(golden, layout="flax"), c["transformer"])
+    B, n, V, labels = c["batch"], c["transformer"]["latent"] ** 2, c["transformer"]["codebook_size"], inputs["decode_label"]
+    blank, known = torch.full((B, n), -1), inputs["decode_keep"].bool()
+    known[1, :n // 2] = True
+    edit = inputs["decode_ids"].masked_fill(~known, -1)
+    row = lambda tokens: torch.cat([V + labels[:, None], tokens], 1)
+    for name in {key.split("/")[0] for key in golden["outputs"]} - {"topk"}:
+        editing, zero, method = name.startswith("edit"), "zero" in name, official_method(name.partition("noise_")[2] or "cosine")
+        tokens, steps, start = (edit, c["edit_iter"], c["start_iter"]) if editing else (blank, c["num_iter"], 0)
+        kind, trace = "edit" if editing else "decode", []
+
+        def noise(like, generator=None, kind=kind, zero=zero, trace=trace, start=start):
+            given = inputs[f"{kind}_cat_noise" if like.ndim == 3 else f"{kind}_gumbel_noise"][len(trace) + start]
+            return torch.zeros_like(like) if zero else given[:, 1:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(maskgit, "gumbel", noise)
+            result = maskgit.parallel_decode(net, tokens, labels, steps=steps, start=start, method=method,
+                                             choice_temperature=c["choice_temperature"], trace=trace)
+        drawn = [row(step["tokens"]) for step in trace]
+        carried = [row(step["tokens"].masked_fill(step["masked"], -1)) for step in trace]
+        assert torch.equal(result, trace[-1]["tokens"])
+        out |= {f"{name}/final_seqs": torch.stack([row(tokens)] * start + drawn, 1), f"{name}/after_masking": torch.stack(carried),
+                f"{name}/masked_counts": torch.stack([step["masked"].sum(1) for step in trace])}
+    p = inputs["topk_probs"].softmax(-1)
+    p[1, 3:6], p[2, 5:], p[3] = p[1, 2].clone(), np.inf, np.inf
+    for name in golden["outputs"]:
+        if match := re.fullmatch(r"topk/temp([\d.]+)_len(\d+)", name):
+            number = torch.full((len(p),), int(match[2]))
+            out[name] = maskgit.least_confident(p.log() + float(match[1]) * inputs["topk_noise"], number)
+    return out
 
 
 def read(path):
