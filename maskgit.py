@@ -822,9 +822,10 @@ def train_tokenizer(config, data, run):
     else:
         print("no weights for ResNet-50 (--perceptual): the reconstruction loss is squared error alone")
     objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
-    optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], config.lr_tokenizer, (0, 0.99))
+    learned = [p for p in tokenizer.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learned, config.lr_tokenizer, (0.0, 0.99))
     if discriminator:
-        opposing = torch.optim.Adam(discriminator.parameters(), config.lr_tokenizer, (0, 0.99))
+        opposing = torch.optim.Adam(discriminator.parameters(), config.lr_tokenizer, (0.0, 0.99))
         objects |= {"discriminator": discriminator, "optimizer_discriminator": opposing}
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")

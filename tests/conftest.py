@@ -22,6 +22,8 @@ VQVAE2 = dict(channels=8, res_channels=4, res_blocks=1, code_dim=4, width=(8, 8,
               train_steps_prior=12)
 RQVAE = dict(ch=32, groups=8, ch_mult=(1, 1), depth=3, code_dim=8, width=16, heads=2, body_layers=2, head_layers=1, disc_layers=1, disc_width=8, disc_start=4,
              warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
+MASKGIT = dict(ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
+               train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -37,8 +39,12 @@ CASES = {   # name: (file, fields of its tiny Config)
     "rqvae-class": ("rqvae", dict(codebook_size=16, **RQVAE, **TINY)),
     "rqvae-start": ("rqvae", dict(codebook_size=16, num_classes=0, label_dropout=0.0, restart=False, disc_weight=0.0, soft_labels=False,
                                   stochastic_codes=False, **RQVAE, **TINY)),
+    "maskgit-class": ("maskgit", dict(codebook_size=16, codebook_ema=0.0, restart=3, disc_start=4, **MASKGIT, **TINY)),
+    "maskgit-start": ("maskgit", dict(codebook_size=16, num_classes=0, label_dropout=0.0, codebook_ema=0.9, restart=0, disc_start=0, gan="hinge", entropy_temperature=1.0,
+                                      schedule="sqrt", **MASKGIT, **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
+MASKED = {"maskgit"}     # files whose priors see tokens on all sides and tell the masked ones; the others are causal
 FILES = sorted({file for file, _ in CASES.values()})
 
 
@@ -61,6 +67,11 @@ class Case:
         images, labels = self.module.load_data(self.config).test
         labels = labels if self.config.num_classes else torch.zeros_like(labels)
         return images[:number] / 127.5 - 1, labels[:number]
+
+    @property
+    def masked(self):
+        """Does the prior tell masked tokens from all others? Else each from the earlier ones."""
+        return self.module.__name__ in MASKED
 
     @property
     def V(self):
