@@ -169,7 +169,7 @@ def test_one_batch_is_learned_by_heart(case):
         tokens = torch.randint(case.V, tokens.shape, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
     losses = []
-    for _ in range(150):
+    for _ in range(300 if case.masked else 150):
         loss, metrics = prior.loss(tokens, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -178,7 +178,7 @@ def test_one_batch_is_learned_by_heart(case):
     share = torch.bincount(tokens.flatten()) / tokens.numel()
     unigram = -(share * share.clamp(min=1e-9).log()).sum().item()
     last = sum(losses[-20:]) / 20 if case.masked else losses[-1]        # masks are drawn: the loss jumps
-    assert last < 0.4 * unigram, f"{last:.3f} nats per token after 150 steps; a model without context: {unigram:.3f}"
+    assert last < 0.4 * unigram, f"{last:.3f} nats per token at the end; a model without context: {unigram:.3f}"
 
 
 def test_learning_rate_rises_then_falls_to_zero(case):
