@@ -115,9 +115,9 @@ class Config:
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
-    batch_size_prior: int = 32      # images per step of the transformer, over all processes
+    batch_size_prior: int = 16      # images per step of the transformer, over all processes
     train_steps_tokenizer: int = 800  # steps of the tokenizer
-    train_steps_prior: int = 2000   # steps of the transformer
+    train_steps_prior: int = 2500   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
     lr_prior: float = 1e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
@@ -313,7 +313,8 @@ class VectorQuantizer(nn.Module):
         Straight-through: z gets z_q's gradient.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z, e = z.to(self.embedding.weight.dtype), self.embedding.weight
+            e = self.embedding.weight.clone()                   # update moves the codes before the gradients are taken
+            z = z.to(e.dtype)
             indices, flat = self.indices(z), z.permute(0, 2, 3, 1).flatten(0, 2)
             z_q = self.lookup(indices)
             distance = flat.square().sum(1, keepdim=True) - 2 * flat @ e.T + e.square().sum(1)
@@ -326,7 +327,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, z, indices, generator=None):
         """What codes do between gradient steps: follow the mean of their latents z (n, E); start anew where unused."""
-        weight = self.embedding.weight.data                     # .data: the graph of this step keeps the old codes
+        weight = self.embedding.weight
         count = torch.bincount(indices, minlength=len(weight)).to(z)
         total = torch.zeros_like(weight).index_add_(0, indices, z)
         for t in (count, total) if dist.is_initialized() else ():
