@@ -557,6 +557,160 @@ def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp
     assert Image.open("out.png").size == (4 * (64 + 2), 64 + 2)
 
 
+# --- maskgit.py
+
+@pytest.fixture(scope="session")
+def trained_maskgit(tmp_path_factory):
+    from conftest import CASES
+
+    import maskgit
+    folders = {}
+    for name in ("class", "alone"):                                     # alone: never without a class
+        more = dict(label_dropout=0.0, guidance=1.0) if name == "alone" else {}
+        config = maskgit.Config(**CASES["maskgit-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2) | more)
+        folders[name], data = tmp_path_factory.mktemp("runs") / name, maskgit.load_data(config)
+        run = maskgit.Run(folders[name], config, data.classes)
+        maskgit.train_prior(config, data, run, maskgit.train_tokenizer(config, data, run))
+    return maskgit, folders["class"], folders["alone"]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--image-size", "30", "--disc-weight", "0"], ["30 pixels", "f = 4"]),
+    (["--image-size", "24"], ["8, 16, 32", "24", "--disc-weight 0"]),
+    (["--image-size", "4", "--disc-weight", "0"], ["one token", "2 x 2"]),
+    (["--schedule", "cosin"], ["'cosin'", "cosine, linear, square, cubic, sqrt, log, exponential"]),
+    (["--schedule", "pow"], ["'pow'", "pow2.5"]),
+    (["--gan", "wgan"], ["wgan", "non-saturating or hinge"]),
+    (["--heads", "3"], ["width 128", "heads, 3"]),
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--ch-mult"], ["ch_mult"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--guidance", "inf"], ["guidance is inf"]),
+    (["--label-smoothing", "1"], ["label_smoothing is 1.0", "below 1"]),
+    (["--sample-steps", "0"], ["sample_steps is 0"]),
+    (["--choice-temperature", "-1"], ["choice_temperature is -1.0"]),
+    (["--entropy-temperature", "0"], ["entropy_temperature", "positive"]),
+    (["--codebook-size", "70000"], ["70000", "65536"]),
+    (["--perceptual", "no/such.pth"], ["no/such.pth", "is no file"]),
+    (["--perceptual", "download", "--data-dir", "nowhere"], ["cannot download", "resnet50"]),
+    (["--ema", "1"], ["ema is 1.0"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_maskgit_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import maskgit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(maskgit.DOWNLOADS, "resnet50", ("http://127.0.0.1:9/", maskgit.DOWNLOADS["resnet50"][1]))
+    fails(maskgit, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--schedule", "fast"], ["'fast'", "cosine"]),
+    (["sample", "--labels", "nine"], ["nine", "circle"]),
+    (["sample", "--guidance", "nan"], ["guidance is nan"]),
+    (["sample", "--temperature", "0"], ["temperature is 0"]),
+    (["replace", "--labels", "1"], ["--box"]),
+    (["replace", "--labels", "1", "--box", "4", "4", "8", "2"], ["box 4 4 8 2", "8 x 8"]),
+    (["replace", "--labels", "1", "--box", "-1", "0", "2", "2"], ["box -1 0 2 2"]),
+    (["replace", "--labels", "1", "--box", "0", "0", "2"], ["--box", "4"]),
+    (["replace", "--labels", "1", "--box", "0", "0", "2", "2", "--start", "8"], ["start 8, steps 8"]),
+    (["outpaint"], ["--left 0 --right 0", "multiples of 2"]),
+    (["outpaint", "--right", "3"], ["--right 3", "multiples of 2"]),
+    (["outpaint", "--left", "-2", "--right", "4"], ["--left -2"]),
+    (["inpaint"], ["--mask"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_maskgit_verbs(fails, trained_maskgit, words, says):
+    module, run, _ = trained_maskgit
+    fails(module, words[0], run, *words[1:], says=says)
+
+
+def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
+    """Of another size than the photo, empty, all ones, no picture; and one that fits. Planted: a mask stretched to the photo."""
+    module, run, _ = trained_maskgit
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 12), (200, 30, 30)).save("photo.png")
+    for name, size, box in (("hole", (20, 12), (8, 4, 12, 8)), ("empty", (20, 12), None), ("full", (20, 12), (0, 0, 20, 12)), ("other", (12, 20), (2, 2, 5, 5)),
+                            ("small", (8, 8), (2, 2, 4, 4))):
+        mask = Image.new("L", size)
+        if box:
+            mask.paste(255, box)
+        mask.save(f"{name}.png")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    inpaint = lambda mask, says, photos=("photo.png",): fails(module, "inpaint", run, *photos, "--mask", mask, says=says)
+    inpaint("other.png", ["other.png has 12 x 20 pixels", "photo.png 20 x 12"])
+    inpaint("empty.png", ["empty.png is empty", "white"])
+    inpaint("full.png", ["full.png is white everywhere", "sample"])
+    inpaint("none.png", ["none.png cannot be read"])
+    inpaint("hole.png", ["hole.png has 20 x 12 pixels", "8 x 8"], photos=())        # the test images
+    inpaint("hole.png", ["missing.png"], photos=("missing.png",))
+    Image.new("RGB", (20, 7)).save("low.png")
+    inpaint("hole.png", ["low.png is too small", "8 x 8"], photos=("low.png",))
+    module.main(["inpaint", str(run), "photo.png", "--mask", "hole.png", "--num", "2", "--out", "out.png"])
+    module.main(["inpaint", str(run), "--mask", "small.png", "--num", "1", "--out", "test.png"])
+    assert Image.open("out.png").size == (4 * 66, 66) and Image.open("test.png").size[0] == 3 * 66
+
+
+def test_more_steps_than_tokens(trained_maskgit, tmp_path):
+    """100 passes for 16 tokens: the surplus draws the last one again, as the release does. Planted: a sort index below 0."""
+    module, run, _ = trained_maskgit
+    module.main(["sample", str(run), "--steps", "100", "--num", "2", "--out", str(tmp_path / "out.png")])
+    module.main(["complete", str(run), "--steps", "100", "--num", "1", "--out", str(tmp_path / "out.png")])
+    assert (tmp_path / "out.png").exists()
+
+
+def test_photos_without_labels(fails, trained_maskgit, tmp_path):
+    """A model that knows "no class" draws so; another needs labels."""
+    module, run, alone = trained_maskgit
+    Image.new("RGB", (9, 9), (250, 20, 20)).save(tmp_path / "photo.png")
+    words = [tmp_path / "photo.png", "--num", "1", "--out", tmp_path / "out.png"]
+    for verb, more in (("complete", ()), ("replace", ("--box", "0", "0", "4", "4")), ("outpaint", ("--right", "4"))):
+        module.main([verb, str(run), *map(str, words), *more])
+        fails(module, verb, alone, *words, *more, says=["by class", "--labels"])
+    fails(module, "sample", alone, "--guidance", "2", says=["--label-dropout"])
+
+
+def test_maskgit_official_files(fails, trained_maskgit, tmp_path, monkeypatch):
+    """Of other models, in the wrong order, of another codebook; and a pair that fits. Planted: no comparison of the codebooks' sizes."""
+    module, run, alone = trained_maskgit
+    monkeypatch.chdir(tmp_path)
+    config = module.Config(image_size=32, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_ema=0.0, restart=0)
+    wrong = module.VQVAE(dataclasses.replace(config, codebook_size=1000))
+    torch.save(wrong.state_dict(), "wrong.bin")
+    torch.save(module.VQVAE(dataclasses.replace(config, codebook_size=1024)).state_dict(), "tokenizer.bin")
+    prior = module.BidirectionalTransformer(dataclasses.replace(config, codebook_size=1024, num_classes=3, label_dropout=0.0, guidance=1.0, width=16, heads=2,
+                                                                layers=1))
+    names = {"word_embeddings": "Embed_0/word_embeddings", "position_embeddings": "Embed_0/position_embeddings", "embeddings_ln": "Embed_0/embeddings_ln",
+             "mlm_dense": "MlmLayer_0/mlm_dense", "mlm_ln": "MlmLayer_0/mlm_ln", "mlm_bias": "MlmLayer_0/mlm_bias/bias", "layers.0.": "TransformerLayer_0/"}
+    tree = {}
+    for name, value in prior.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs) if name.startswith(ours) else name
+        name = name.replace("TransformerLayer_0/", "TransformerLayer_0/Mlp_0/" if "layer_output" in name or "intermediate" in name else
+                            "TransformerLayer_0/Attention_0/" if "ln" in name else "TransformerLayer_0/Attention_0/self_attention/")
+        kind = "embedding" if "embeddings" in name and value.ndim == 2 else "kernel" if value.ndim == 2 else "scale"
+        name, value = name.replace(".weight", f"/{kind}").replace(".", "/"), value.T if kind == "kernel" else value
+        if "self_attention" in name:
+            value = value.reshape(2, 8, 16) if "out/kernel" in name else value.reshape(16, 2, 8) if "kernel" in name else value if "out" in name else value.view(2, 8)
+        tree[name] = value.contiguous()
+    torch.save(tree, "transformer.pt")
+    Image.new("RGB", (40, 36)).save("photo.png")
+    official = ["--official", "tokenizer.bin", "transformer.pt"]
+    fails(module, "sample", "--official", "wrong.bin", "transformer.pt", says=["wrong.bin transformer.pt", "of its 1000 codes"])
+    fails(module, "sample", "--official", "tokenizer.bin", says=["is a tokenizer", "transformer too"])
+    fails(module, "sample", "--official", "transformer.pt", "tokenizer.bin", says=["tokenizer first"])
+    fails(module, "reconstruct", *official, says=["give photos"])
+    fails(module, "reconstruct", "--official", "no.pt", says=["no.pt cannot be read"])
+    fails(module, "reconstruct", "--official", str(run / "checkpoint.pt"), says=["a run of this script"])
+    fails(module, "complete", "photo.png", *official, says=["--labels"])
+    fails(module, "sample", "--labels", "3", *official, says=["label 3", "0 to 2"])
+    (tmp_path / "odd").write_bytes(b"\x81\xa6params\x81")
+    fails(module, "reconstruct", "--official", "odd", says=["odd cannot be read", "ends too early"])
+    torch.save({f"layers.{i}.weight": torch.zeros(2) for i in range(7)}, "other.pt")
+    assert "layers.5" not in fails(module, "reconstruct", "--official", "other.pt", says=["other.pt", "do not fit", "layers.0.weight", "layers.4.weight"])
+    module.main(["replace", "photo.png", "--box", "0", "0", "16", "16", "--labels", "2", "--num", "1", "--out", "out.png", *official])
+    module.main(["sample", "--num", "3", "--out", "grid.png", *official])
+    assert Image.open("out.png").size == (3 * (64 + 2), 66) and Image.open("grid.png").size[0] > 100
+
+
 def test_two_processes_need_a_divisible_batch(module, monkeypatch):
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)

@@ -3,6 +3,7 @@ import dataclasses
 import gzip
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def test_known_tokens_stay_and_what_is_fixed_stays_fixed(steps, start, noise):
         assert torch.equal(result[step["fixed"]], step["tokens"][step["fixed"]])
         assert all(step["fixed"].sum(1)[mask.sum(1) > 1] >= 1)                  # at least one a step, as long as there are two
         mask = step["masked"]
-    assert mask.sum(1).tolist() == [1, 1, 0] or steps == 1 and mask.sum(1).tolist() == [1, 1, 0]
+    assert mask.sum(1).tolist() == [1, 1, 0]
 
 
 def test_counts_follow_each_image_s_own_hole():
@@ -558,7 +559,7 @@ def pack(x):
         head = bytes([0x80 | len(x)]) if len(x) < 16 else b"\xde" + struct.pack(">H", len(x))
         return head + b"".join(pack(k) + pack(v) for k, v in x.items())
     if isinstance(x, np.ndarray):
-        content = b"\x93" + b"\x90"[:0] + bytes([0x90 | x.ndim]) + b"".join(map(pack, x.shape)) + pack(x.dtype.name) + pack(x.tobytes())
+        content = b"\x93" + bytes([0x90 | x.ndim]) + b"".join(map(pack, x.shape)) + pack(x.dtype.name) + pack(x.tobytes())
         return (b"\xc7" + bytes([len(content)]) if len(content) < 256 else b"\xc9" + struct.pack(">I", len(content))) + b"\x01" + content
     if isinstance(x, bytes):
         return b"\xc6" + struct.pack(">I", len(x)) + x
@@ -606,17 +607,12 @@ def test_names_and_shapes_that_do_not_fit_are_named(part):
     state = {name: np.zeros(shape, np.float32) for name, shape in golden["params"].items()}
     name = next(name for name in state if name.endswith("kernel") and "Conv_0" in name or "mlm_dense/kernel" in name)
     for wrong in ({**state, name: state[name][..., :-1]}, {**state, "extra/thing": np.zeros(2)}):
-        with pytest.raises(UserError, match="1 names or shapes do not fit, first (" + re_escape(name) + "|extra/thing)"):
+        with pytest.raises(UserError, match="1 names or shapes do not fit, first (" + re.escape(name) + "|extra/thing)"):
             from_official(wrong, golden["config"])
     with pytest.raises(UserError, match="1 names or shapes do not fit"):
         from_official({key: value for key, value in state.items() if key != name}, golden["config"])
     with pytest.raises(UserError, match="7 names or shapes do not fit, first a0/b, a1/b, a2/b, a3/b, a4/b$"):
         from_official(state | {f"a{i}/b": np.zeros(1) for i in range(7)}, golden["config"])
-
-
-def re_escape(text):
-    import re
-    return re.escape(text)
 
 
 @pytest.mark.parametrize("state, says", [
