@@ -668,7 +668,7 @@ def generator_loss(config, real, fake, quantizer_loss, perceptual=None, discrimi
 def gumbel(like, generator=None):
     """Gumbel noise of the shape and device of `like`: argmax(logits + it) is a draw from softmax(logits)."""
     u = torch.rand(like.shape, generator=generator, device=generator.device if generator else like.device)
-    return -(-u.clamp(min=1e-38).log()).log().to(like)
+    return -(-u.clamp(min=1e-30).log()).log().to(like)
 
 
 def least_confident(confidence, number):

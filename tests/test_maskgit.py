@@ -39,12 +39,17 @@ def seeded(seed=0):
     ("exponential", 8, "254 252 248 240 224 192 128 1"), ("cosine", 12, "253 247 236 221 203 181 155 127 97 66 33 1"),
     ("cosine", 16, "254 251 244 236 225 212 197 181 162 142 120 97 74 49 25 1")])
 def test_masks_left_after_each_step(method, T, left):
-    """Of 256 tokens, through the decoder. Planted: float64 (128 at T = 12); r = step / T; count of the whole sequence (257)."""
+    """Of 256 tokens, through the decoder. Planted: r = step / T; the sort's index one too high; count of the whole sequence (257)."""
     def prior(tokens, labels=None):
         return torch.randn(len(tokens), 256, 4, generator=seeded())
     prior.config, trace = Config(num_classes=0, guidance=1.0), []
     parallel_decode(prior, torch.full((2, 256), -1), steps=T, method=method, generator=seeded(), trace=trace)
     assert all(step["masked"].sum(1).tolist() == [int(n)] * 2 for step, n in zip(trace, left.split())) and len(trace) == T
+
+
+def test_schedule_is_computed_in_float32():
+    """The cosine at 2/3 lies below a half there. Planted: float64 (128)."""
+    assert int(256 * maskgit.schedule(8 / 12, 256)) == 127 and int(1024 * maskgit.schedule(8 / 12, 1024)) == 511
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -139,12 +144,16 @@ def test_output_weights_are_the_embeddings_of_the_codes():
 
 
 def test_layers_are_post_norm():
-    """With both branches' last matrices zero a layer is LN(LN(x)). Planted: pre-norm (then it is x)."""
+    """A layer's output is normalised, and so is what the mlp reads. Planted: norms before the attention; the exact gelu."""
     _, prior = build()
     layer, x = prior.layers[0], 3 * torch.randn(2, 5, TINY.width) + 1
-    for branch in (layer.out, layer.layer_output):
-        torch.nn.init.zeros_(branch.weight)
-    torch.testing.assert_close(layer(x), F.layer_norm(x, (TINY.width,)), rtol=1e-3, atol=1e-3)
+    for module in (layer.query, layer.value, layer.out, layer.intermediate_output, layer.layer_output):
+        torch.nn.init.normal_(module.weight)
+    unit = lambda x: F.layer_norm(x, (TINY.width,), eps=1e-12)
+    a = unit(x + layer.attention(x))
+    hidden = layer.intermediate_output(a)
+    gelu = 0.5 * hidden * (1 + torch.tanh((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden ** 3)))
+    torch.testing.assert_close(layer(x), unit(a + layer.layer_output(gelu)))
 
 
 def test_initial_weights_are_cut_at_two_deviations():
