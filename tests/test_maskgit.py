@@ -241,9 +241,10 @@ def test_without_noise_the_surest_are_fixed():
     trace = []
     parallel_decode(prior, torch.full((4, 16), -1), torch.zeros(4, dtype=torch.long), steps=6, choice_temperature=0.0, generator=seeded(), trace=trace)
     for step in trace:
-        for confidence, fixed, masked in zip(step["confidence"], step["fixed"], step["masked"]):
+        log_p = step["logits"].log_softmax(-1).gather(-1, step["tokens"][..., None])[..., 0]
+        for sure, fixed, masked in zip(log_p, step["fixed"], step["masked"]):
             if fixed.any() and masked.any():
-                assert confidence[fixed].min() >= confidence[masked].max()
+                assert sure[fixed].min() >= sure[masked].max()
 
 
 def test_codes_are_drawn_from_the_softmax():
