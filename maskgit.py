@@ -1457,7 +1457,7 @@ class Run:
         metrics = dict(zip(metrics, values.tolist()))
         if not values.isfinite().all():
             raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint is "
-                            f"{self.checkpoint}: train anew with a smaller --lr")
+                            f"{self.checkpoint}: train anew with a smaller learning rate")
         if step % self.config.log_every == 0:
             self.state["metrics"].append({"stage": stage, "step": step, **metrics})
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
@@ -1599,6 +1599,8 @@ def train_command(args):
     data = load_data(config)
     run = run if args.resume else Run(args.out or f"runs/{NAME}_{preset}", config, data.classes)
     train_prior(config, data, run, train_tokenizer(config, data, run))
+    if args.resume and fields:
+        run.save()                                                              # the data may have moved after the end
     if run.is_main:
         run.plot()
         for verb in ("reconstruct", "evaluate", "sample"):
