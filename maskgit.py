@@ -160,7 +160,7 @@ RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num
                warmup_tokenizer=0, warmup=5000, clip=0.0, guidance=1.0, log_every=50, save_every=2000)
 PRESETS = {
     "demo": Config(),
-    "mnist": Config(data="mnist", num_classes=10),
+    "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), codebook_size=512, codebook_ema=0.98,
                       disc_start=2400, train_steps_tokenizer=3600, lr_tokenizer=8e-4, width=192, heads=6, layers=6,
                       train_steps_prior=10_000, save_every=500, sample_steps=12),
@@ -608,18 +608,19 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """StyleGAN2's, without equalised rates and minibatch deviation: one logit per image.  (B, 3, S, S) -> (B, 1).
 
-    images in [0, 1], S a power of two, at least 8. Widths by side: `width` up to 32 pixels, then half for each
-    doubling.   Source: maskgit/nets/discriminator.py.
+    images in [0, 1]; the release: S a power of two, so that the last map is 4 x 4. Widths by side: `width` up to 32
+    pixels, then half for each doubling.   Source: maskgit/nets/discriminator.py.
     """
     def __init__(self, size, width=512, blur=True):
         super().__init__()
         wide = lambda side: max(1, min(width, 32 * width // side))
         self.conv_in, self.blocks = nn.Conv2d(3, wide(size), 3, padding=1), nn.Sequential()
         while size > 4:
-            self.blocks.append(DiscriminatorBlock(wide(size), wide(size // 2), blur))
-            size //= 2
+            half = (size + blur) // 2
+            self.blocks.append(DiscriminatorBlock(wide(size), wide(half), blur))
+            size = half
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
-        self.dense1, self.dense2 = nn.Linear(16 * width, width), nn.Linear(width, 1)
+        self.dense1, self.dense2 = nn.Linear(size ** 2 * width, width), nn.Linear(width, 1)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -1142,8 +1143,6 @@ def check(config):
     need(c.image_size % c.f == 0, f"images of {c.image_size} pixels are not divisible by f = {c.f}")
     need(c.side >= 2, f"images of {c.image_size} pixels are one token at f = {c.f}: masks need at least 2 x 2")
     need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
-    need(not c.disc_weight or c.image_size >= 8 and c.image_size & (c.image_size - 1) == 0,
-         f"the discriminator needs images of 8, 16, 32, ... pixels, not {c.image_size}: or --disc-weight 0")
     need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes,
          "guidance needs a model that saw dropped labels: --label-dropout 0.1, or --guidance 1")
 

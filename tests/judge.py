@@ -6,6 +6,7 @@ class agreement   share of the samples that the judge takes for the class they w
 frechet           Frechet distance between Gaussians fitted to the judge's 128 features of samples and of real test images
                   (not comparable with FID, whose features come from an Inception network; smaller is better; it grows
                   when there are few samples, so the same number of real images is given as its floor)
+spread            mean distance of the features of two samples of the same class: how varied they are (labels needed)
 judge_accuracy    of the judge itself on real test images it was not trained on
 
 A judge is trained once, from a fixed seed, and kept in the cache folder (JUDGE_CACHE, default ~/.cache/visual-autoregression).
@@ -102,6 +103,11 @@ def frechet_distance(a, b):
     return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
 
 
+def class_spread(features, labels):
+    """features (N, F), labels (N,) -> mean distance between two of the same class, over all classes alike."""
+    return float(torch.stack([torch.pdist(features[labels == c]).mean() for c in labels.unique() if (labels == c).sum() > 1]).mean())
+
+
 def judge_samples(images, labels, data="shapes", data_dir="data"):
     """images uint8 (N, 3, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
     judge, accuracy, real_features = get_judge(data, data_dir)
@@ -111,6 +117,7 @@ def judge_samples(images, labels, data="shapes", data_dir="data"):
                "judge_accuracy": accuracy, "judged_samples": len(images)}
     if labels is not None:
         figures["class_agreement"] = (run(judge, images).argmax(1) == labels).float().mean().item()
+        figures["spread"] = class_spread(features, labels) if labels.bincount().max() > 1 else 0.0
     return figures
 
 

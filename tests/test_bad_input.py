@@ -576,7 +576,6 @@ def trained_maskgit(tmp_path_factory):
 
 @pytest.mark.parametrize("words, says", [
     (["--image-size", "30", "--disc-weight", "0"], ["30 pixels", "f = 4"]),
-    (["--image-size", "24"], ["8, 16, 32", "24", "--disc-weight 0"]),
     (["--image-size", "4", "--disc-weight", "0"], ["one token", "2 x 2"]),
     (["--schedule", "cosin"], ["'cosin'", "cosine, linear, square, cubic, sqrt, log, exponential"]),
     (["--schedule", "pow"], ["'pow'", "pow2.5"]),

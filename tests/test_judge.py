@@ -29,3 +29,11 @@ def test_frechet_distance_of_two_gaussians():
     a, b = torch.randn(200_000, 3, dtype=torch.float64), 2 * torch.randn(200_000, 3, dtype=torch.float64) + 1
     assert abs(frechet_distance(a, a)) < 1e-6
     assert abs(frechet_distance(a, b) - 6) < 0.1                        # 3 (1^2 + (2 - 1)^2)
+
+
+def test_spread_is_the_distance_within_a_class():
+    """Two classes, pairs at distances 5 and 1: 3. Planted: pairs of different classes counted."""
+    from judge import class_spread
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [100.0, 0.0], [100.0, 1.0]])
+    assert class_spread(features, torch.tensor([0, 0, 1, 1])) == 3
+    assert class_spread(features[[0, 0, 2, 2]], torch.tensor([0, 0, 1, 1])) == 0

@@ -458,6 +458,7 @@ def test_discriminator_has_the_released_widths():
         net = maskgit.Discriminator(256)
     assert [net.conv_in.out_channels, *(block.conv2.out_channels for block in net.blocks)] == [64, 128, 256, 512, 512, 512, 512]
     assert net.dense1.in_features == 16 * 512
+    assert [maskgit.Discriminator(side, 8)(torch.zeros(2, 3, side, side)).shape for side in (4, 24, 28, 30)] == 4 * [(2, 1)]
     assert maskgit.downsample(torch.ones(1, 2, 8, 8))[0, 0, 1:-1, 1:-1].eq(1).all()     # a mean: what is flat stays
 
 

@@ -1,0 +1,52 @@
+"""Masked against raster decoding of the same tokens with the same network:   python tests/benchmarks/masked_raster.py
+
+256 tokens of 1024 codes, 12 layers of 512, random weights, 12 masked passes; vqgan_gpt.py's GPT with its cache, and without (as
+gpt_cache.py). FLOPs: two per multiplication, of matrices and attention, counted by formula. Ratios are times of GPT / of masked.
+"""
+from functools import partial
+
+import torch
+from common import compare
+
+import maskgit
+import vqgan_gpt
+
+N, V, LAYERS, WIDTH, HEADS, STEPS, EVERY = 256, 1024, 12, 512, 8, 12, 32
+
+
+def gflop(tokens, pairs, logits):
+    """Of passes that in sum take so many tokens, attend over so many pairs of tokens and give so many logit vectors."""
+    return (LAYERS * (24 * WIDTH ** 2 * tokens + 4 * WIDTH * pairs) + 2 * WIDTH * V * logits) / 1e9
+
+
+def main():
+    torch.manual_seed(0)
+    side = int(N ** 0.5)
+    c = maskgit.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS,
+                       disc_weight=0.0)
+    masked = maskgit.build_prior(c).eval()
+    c = vqgan_gpt.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS)
+    tokenizer, gpt = vqgan_gpt.build_tokenizer(c).eval(), vqgan_gpt.build_prior(c).eval()
+    tokenizer.decode = lambda indices: indices.float()                          # the decoder is no part of the comparison
+    work = {"masked": (STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),
+            "cached": (N, gflop(N, N * (N + 1) / 2, N)),
+            "uncached": (N, gflop(N * (N + 1) / 2, sum(i * i for i in range(1, N + 1)), N))}
+    for name, (passes, flops) in work.items():
+        print(f"{name}: {passes} passes, {flops:.0f} GFLOP an image")
+
+    @torch.no_grad()
+    def uncached(batch):
+        for i in range(EVERY // 2, N, EVERY):                                   # lengths 17, 49 ... 241: their mean is that of all
+            vqgan_gpt.draw(gpt.transformer(torch.zeros(batch, i + 1, dtype=torch.long))[:, -1])
+    def decode(batch):
+        maskgit.parallel_decode(masked, torch.full((batch, N), -1), torch.zeros(batch, dtype=torch.long), steps=STEPS)
+
+    def cached(batch):
+        vqgan_gpt.sample(tokenizer, gpt, torch.zeros(batch, dtype=torch.long))
+    for batch in (1, 16):
+        compare(f"batch {batch}: GPT with its cache against {STEPS} masked passes", partial(cached, batch), partial(decode, batch))
+        compare(f"batch {batch}: GPT without cache against {STEPS} masked passes", partial(uncached, batch), partial(decode, batch), scale=1 / EVERY)
+
+
+if __name__ == "__main__":
+    main()
