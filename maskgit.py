@@ -82,17 +82,17 @@ class Config:
     train_images: int = 0           # use only this many training images (0: all; of the endless shapes 20,000)
     test_images: int = 0            # use only this many test images (0: all; of the endless shapes 2,000)
     skip_corrupt: bool = False      # leave out images that cannot be read, instead of stopping
-    image_size: int = 32            # side of the (square) images in pixels
+    image_size: int = 24            # side of the (square) images in pixels
     num_classes: int = 9            # classes the transformer is told (0: none)
     # tokenizer
-    ch: int = 32                    # width of the first level, a multiple of the groups (release: 128)
+    ch: int = 48                    # width of the first level, a multiple of the groups (release: 128)
     groups: int = 8                 # groups of GroupNorm (release: 32)
-    ch_mult: tuple = (1, 1, 2)      # widths of the levels in units of ch; each level but the last halves the side
+    ch_mult: tuple = (1, 1, 1)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level, and between encoder's levels and codes (release: 2)
     code_dim: int = 8               # E, width of a code
-    codebook_size: int = 128        # V, codes
-    beta: float = 0.25              # weight of the commitment term
-    entropy_weight: float = 0.1     # weight of the entropy term
+    codebook_size: int = 256        # V, codes
+    beta: float = 0.05              # weight of the commitment term (release: 0.25)
+    entropy_weight: float = 0.01    # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
     codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
@@ -100,7 +100,7 @@ class Config:
     perceptual_weight: float = 0.1  # its weight beside the squared error
     gan: str = "non-saturating"     # loss of the discriminator: non-saturating or hinge
     disc_weight: float = 0.1        # weight of the GAN's term (0: no GAN)
-    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn (release: 0)
+    disc_start: int = 700           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_width: int = 32            # widest layers of the discriminator (release: 512)
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real images
     # transformer
@@ -116,9 +116,9 @@ class Config:
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 800  # steps of the tokenizer
+    train_steps_tokenizer: int = 900  # steps of the tokenizer
     train_steps_prior: int = 2500   # steps of the transformer
-    lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
+    lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
     lr_prior: float = 1e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
@@ -154,10 +154,11 @@ class Config:
 # What the release trained, by its configs; steps and sampling by the paper. Its transformer's rate: warm-up, then
 # constant by the config, a cosine in MAGVIT's trainer, which is here
 RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=256,
-               codebook_size=1024, codebook_ema=0.0, restart=0, perceptual="download", disc_start=0, disc_width=512,
-               width=768, heads=16, layers=24, dropout=0.1, label_dropout=0.0, batch_size=256, batch_size_prior=256,
-               train_steps_tokenizer=1_000_000, train_steps_prior=2_000_000, lr_tokenizer=1e-4, lr_prior=1e-4,
-               warmup_tokenizer=0, warmup=5000, clip=0.0, guidance=1.0, log_every=50, save_every=2000)
+               codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_ema=0.0, restart=0, perceptual="download",
+               disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1, label_dropout=0.0,
+               batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000, train_steps_prior=2_000_000,
+               lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000, clip=0.0, guidance=1.0,
+               log_every=50, save_every=2000)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
@@ -493,9 +494,10 @@ class BidirectionalTransformer(nn.Module):
         mask = draw_mask(tokens.shape, self.config.schedule, generator) if mask is None else mask.flatten(1)
         mask = mask.to(tokens.device)
         logits = self(tokens, labels, mask)
-        per_image = lambda x: ((x.view(tokens.shape) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-        loss, nats = (F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none", label_smoothing=share)
-                      for share in (self.config.label_smoothing, 0.0))
+        per_image = lambda x: ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+        log_p = logits.log_softmax(-1)
+        nats = -log_p.gather(-1, tokens[..., None])[..., 0]
+        loss = torch.lerp(nats, -log_p.mean(-1), self.config.label_smoothing)   # a share of the target on all codes alike
         return per_image(loss), {"nats": per_image(nats), "accuracy": per_image((logits.argmax(-1) == tokens).float())}
 
 
@@ -825,9 +827,10 @@ def train_tokenizer(config, data, run):
         print("no weights for ResNet-50 (--perceptual): the reconstruction loss is squared error alone")
     objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
     learned = [p for p in tokenizer.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learned, config.lr_tokenizer, (0.0, 0.99))
+    settings = config.lr_tokenizer, (0.0, 0.99)
+    optimizer = torch.optim.Adam(learned, *settings, fused=run.device.type != "mps")
     if discriminator:
-        opposing = torch.optim.Adam(discriminator.parameters(), config.lr_tokenizer, (0.0, 0.99))
+        opposing = torch.optim.Adam(discriminator.parameters(), *settings, fused=run.device.type != "mps")
         objects |= {"discriminator": discriminator, "optimizer_discriminator": opposing}
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
@@ -907,7 +910,8 @@ def train_prior(config, data, run, tokenizer):
     if perplexity < 0.05 * config.codebook_size:
         print(f"warning: the codebook collapsed: {share:.1%} of {config.codebook_size} codes are used, perplexity "
               f"{perplexity:.1f}; try --restart 20, a smaller --lr-tokenizer or more --train-steps-tokenizer")
-    optimizer = torch.optim.AdamW(parameter_groups(prior), config.lr_prior, (0.9, 0.96))
+    optimizer = torch.optim.AdamW(parameter_groups(prior), config.lr_prior, (0.9, 0.96),
+                                  fused=run.device.type != "mps")
     if config.compile:
         prior.loss = torch.compile(prior.loss)                                  # loss does not go through forward
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} tokens an image; "
@@ -1066,7 +1070,8 @@ def from_official(source, config=None):
                  .contiguous() for new, old in theirs.items()}
         size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
         count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-        off = dict(label_dropout=0.0, guidance=1.0, disc_weight=0.0, codebook_ema=0.0, restart=0)
+        off = dict(label_dropout=0.0, guidance=1.0, disc_weight=0.0, codebook_ema=0.0, restart=0, beta=0.25,
+                   entropy_weight=0.1)
         with torch.device("meta"):
             if "word_embeddings.weight" in state:
                 V, width = (config or {}).get("codebook_size", 1024), size("word_embeddings.weight", 1)

@@ -22,7 +22,7 @@ VQVAE2 = dict(channels=8, res_channels=4, res_blocks=1, code_dim=4, width=(8, 8,
               train_steps_prior=12)
 RQVAE = dict(ch=32, groups=8, ch_mult=(1, 1), depth=3, code_dim=8, width=16, heads=2, body_layers=2, head_layers=1, disc_layers=1, disc_width=8, disc_start=4,
              warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
-MASKGIT = dict(ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
+MASKGIT = dict(ch=32, ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
                train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),

@@ -1,4 +1,4 @@
-"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2 rqvae]
+"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2 rqvae maskgit]
 
 Weights, gradients, two moments of Adam (16 bytes a parameter; 20 where an average of the weights is kept), and all tensors that
 autograd keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
 import rqvae  # noqa: E402
 import vqgan_gpt  # noqa: E402
@@ -84,8 +85,23 @@ def rqvae_stages(config):
         tokens, conditions[:, 0] if prior.length == 1 else conditions, torch.zeros(*tokens.shape, config.codebook_size))
 
 
+def maskgit_stages(config):
+    tokenizer, discriminator = maskgit.build_tokenizer(config), maskgit.Discriminator(config.image_size, config.disc_width)
+    perceptual = maskgit.ResNet50() if config.perceptual else None
+    images, places = torch.zeros(config.batch_size, 3, *[config.image_size] * 2), config.batch_size * config.side ** 2
+
+    def loss():                                                                 # beside: distances of all places to all codes
+        fake = (tokenizer.decoder(tokenizer.latents(images)) + 1) / 2
+        entropy = maskgit.entropy_loss(torch.zeros(places, config.codebook_size, requires_grad=True))
+        maskgit.generator_loss(config, images, fake, entropy, perceptual, discriminator)
+    yield "tokenizer", config.batch_size, 20, [tokenizer, discriminator, *[perceptual] * bool(perceptual)], loss
+    prior = maskgit.build_prior(config)
+    tokens = torch.zeros(config.batch_size_prior, prior.places, dtype=torch.long)
+    yield "prior", config.batch_size_prior, 20, [prior], lambda: prior.loss(tokens, tokens[:, 0], torch.ones_like(tokens, dtype=torch.bool))
+
+
 STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages), "vqvae2": (vqvae2, vqvae2_stages),
-          "rqvae": (rqvae, rqvae_stages)}
+          "rqvae": (rqvae, rqvae_stages), "maskgit": (maskgit, maskgit_stages)}
 
 
 if __name__ == "__main__":
