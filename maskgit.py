@@ -92,15 +92,15 @@ class Config:
     code_dim: int = 8               # E, width of a code
     codebook_size: int = 256        # V, codes
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
-    entropy_weight: float = 0.01    # weight of the entropy term (release: 0.1)
+    entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
     codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     perceptual: str = ""            # perceptual loss: "" none, download, or a file with torchvision's ResNet-50
     perceptual_weight: float = 0.1  # its weight beside the squared error
     gan: str = "non-saturating"     # loss of the discriminator: non-saturating or hinge
-    disc_weight: float = 0.1        # weight of the GAN's term (0: no GAN)
-    disc_start: int = 700           # first step of the GAN; before it the discriminator does not learn (release: 0)
+    disc_weight: float = 0.02       # weight of the GAN's term (0: no GAN; release: 0.1)
+    disc_start: int = 850           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_width: int = 32            # widest layers of the discriminator (release: 512)
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real images
     # transformer
@@ -116,7 +116,7 @@ class Config:
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 900  # steps of the tokenizer
+    train_steps_tokenizer: int = 1000  # steps of the tokenizer
     train_steps_prior: int = 2500   # steps of the transformer
     lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
     lr_prior: float = 1e-3          # learning rate of the transformer (release: 1e-4)
@@ -155,16 +155,16 @@ class Config:
 # constant by the config, a cosine in MAGVIT's trainer, which is here
 RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=256,
                codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_ema=0.0, restart=0, perceptual="download",
-               disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1, label_dropout=0.0,
+               disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1, label_dropout=0.0,
                batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000, train_steps_prior=2_000_000,
                lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000, clip=0.0, guidance=1.0,
                log_every=50, save_every=2000)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
-    "cifar10": Config(data="cifar10", num_classes=10, ch_mult=(1, 2, 4), codebook_size=512, codebook_ema=0.98,
-                      disc_start=2400, train_steps_tokenizer=3600, lr_tokenizer=8e-4, width=192, heads=6, layers=6,
-                      train_steps_prior=10_000, save_every=500, sample_steps=12),
+    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_ema=0.98,
+                      disc_start=2100, train_steps_tokenizer=2500, lr_tokenizer=1.5e-3, width=192, heads=6,
+                      train_steps_prior=9000, save_every=250, sample_steps=12),
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", image_size=256, sample_steps=8)),
     "imagenet512": Config(**RELEASE | dict(data="imagenet512", image_size=512, sample_steps=12)),
 }
