@@ -155,10 +155,10 @@ class Config:
 # constant by the config, a cosine in MAGVIT's trainer, which is here
 RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=256,
                codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_ema=0.0, restart=0, perceptual="download",
-               disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1, label_dropout=0.0,
-               batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000, train_steps_prior=2_000_000,
-               lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000, clip=0.0, guidance=1.0,
-               log_every=50, save_every=2000)
+               disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1,
+               label_dropout=0.0, batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000,
+               train_steps_prior=2_000_000, lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000,
+               clip=0.0, guidance=1.0, log_every=50, save_every=2000)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
@@ -497,7 +497,7 @@ class BidirectionalTransformer(nn.Module):
         per_image = lambda x: ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
         log_p = logits.log_softmax(-1)
         nats = -log_p.gather(-1, tokens[..., None])[..., 0]
-        loss = torch.lerp(nats, -log_p.mean(-1), self.config.label_smoothing)   # a share of the target on all codes alike
+        loss = torch.lerp(nats, -log_p.mean(-1), self.config.label_smoothing)   # its share is of all codes alike
         return per_image(loss), {"nats": per_image(nats), "accuracy": per_image((logits.argmax(-1) == tokens).float())}
 
 

@@ -466,7 +466,7 @@ def test_generator_loss_has_fixed_weights():
     torch.manual_seed(0)
     real, fake, net = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), maskgit.Discriminator(8, 8)
     loss, found = maskgit.generator_loss(TINY, real, fake, torch.tensor(0.5), lambda x: 2 * x, net)
-    expected = F.mse_loss(real, fake) * (1 + 0.1 * 4) + 0.5 + 0.1 * F.softplus(-net(fake)).mean()
+    expected = F.mse_loss(real, fake) * (1 + 0.1 * 4) + 0.5 + TINY.disc_weight * F.softplus(-net(fake)).mean()
     torch.testing.assert_close(loss, expected)
     assert set(found) == {"mse", "perceptual", "g_loss"}
 
