@@ -36,11 +36,13 @@ Run
 
 Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
 Not here   the Gumbel quantizer, which no released model uses; the family: Muse, Paella, Halton's order, TiTok (these
-           are in notebooks/05_maskgit.ipynb).
-Departs    No training code was released: written from its configs and losses and from MAGVIT's trainers (same authors).
-           The perceptual loss takes another ResNet-50 than theirs, torchvision's. Attention dropout is drawn for every
-           head and image, not once for all. Guidance by dropped labels, running means as codes and the restart of
-           unused ones are not the release's (off in the paper's presets). Pictures are not augmented.
+           are in notebooks/05_maskgit.ipynb); the config's min_masking_rate, unused in the release.
+Departs    No training code was released: written from its configs and losses and from MAGVIT's trainers (same lab);
+           but masks are counted as in the paper (rounded up). Inpainting and outpainting are the paper's, whose models
+           of them, without classes, are not released. The perceptual loss takes torchvision's ResNet-50, with its
+           normalisation. Attention dropout is drawn for every head and image, not once for all. Guidance by dropped
+           labels, running means as codes and the restart of unused ones are not the release's (off in the paper's
+           presets). Pictures are not augmented.
 """
 import argparse
 import contextlib
@@ -88,17 +90,17 @@ class Config:
     ch: int = 48                    # width of the first level, a multiple of the groups (release: 128)
     groups: int = 8                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 1, 1)      # widths of the levels in units of ch; each level but the last halves the side
-    num_res_blocks: int = 1         # residual blocks per level, and between encoder's levels and codes (release: 2)
+    num_res_blocks: int = 1         # residual blocks per level, and in the middle of encoder and decoder (release: 2)
     code_dim: int = 8               # E, width of a code
     codebook_size: int = 256        # V, codes
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
     entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
-    codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
+    codebook_ema: float = 0.95      # decay of the running means that the codes are (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     perceptual: str = ""            # perceptual loss: "" none, download, or a file with torchvision's ResNet-50
     perceptual_weight: float = 0.1  # its weight beside the squared error
-    gan: str = "non-saturating"     # loss of the discriminator: non-saturating or hinge
+    gan: str = "non-saturating"     # losses of generator and discriminator: non-saturating or hinge
     disc_weight: float = 0.02       # weight of the GAN's term (0: no GAN; release: 0.1)
     disc_start: int = 850           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_width: int = 32            # widest layers of the discriminator (release: 512)
@@ -151,8 +153,8 @@ class Config:
         return self.num_classes + (self.num_classes == 0 or self.label_dropout > 0)
 
 
-# What the release trained, by its configs; steps and sampling by the paper. Its transformer's rate: warm-up, then
-# constant by the config, a cosine in MAGVIT's trainer, which is here
+# The release's configs; passes by the paper, their noise by its notebook. The transformer's rate after its warm-up is
+# constant in the config, a cosine in MAGVIT's trainer and here
 RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=256,
                codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_ema=0.0, restart=0, perceptual="download",
                disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1,
@@ -181,7 +183,7 @@ class ResBlock(nn.Module):
     """h = norm, swish, 3x3, norm, swish, 3x3, without biases; then x + h.  (B, C_in, H, W) -> (B, C_out, H, W).
 
     QUIRK: where widths differ the shortcut is a 1x1 convolution of the block's OUTPUT, h + conv(h): the release's code
-    has overwritten x by then, so that nothing passes by such a block.   Source: maskgit/nets/layers.py.
+    has overwritten x by then, so that such a block has no skip path.   Source: maskgit/nets/layers.py.
     """
     def __init__(self, in_channels, out_channels, groups=32):
         super().__init__()
@@ -204,7 +206,7 @@ def blocks(in_channels, width, number, groups):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution; in the decoder then, above the finest, every pixel twice and a 3x3."""
+    """Residual blocks of one resolution; in the decoder then, but for the finest, every pixel as 2 x 2 and a 3x3."""
     def __init__(self, in_channels, width, number, groups, upsample=False):
         super().__init__()
         self.block = blocks(in_channels, width, number, groups)
@@ -244,7 +246,7 @@ class Decoder(nn.Module):
         self.mid = blocks(widths[-1], widths[-1], num_res_blocks, groups)
         self.up = nn.ModuleList(Level(a, b, num_res_blocks, groups, upsample=i > 0)         # up.0 is the finest
                                 for i, (a, b) in enumerate(zip([*widths[1:], widths[-1]], widths)))
-        self.norm_out, self.conv_out = norm(ch * ch_mult[0], groups), nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
         x = self.mid(self.conv_in(z))
@@ -274,7 +276,8 @@ def entropy_loss(affinity, temperature=0.01, kind="softmax"):
     if kind == "argmax":
         p = p + (F.one_hot(affinity.argmax(-1), p.shape[-1]).to(p) - p).detach()
     mean = p.mean(0)
-    average(everywhere := mean.detach().clone())                                # over all processes' positions
+    everywhere = mean.detach().clone()
+    average(everywhere)                                                         # in place, over all processes
     mean = mean + (everywhere - mean.detach())
     return (mean * (mean + 1e-5).log()).sum() - (p * log_p).sum(-1).mean()
 
@@ -282,7 +285,8 @@ def entropy_loss(affinity, temperature=0.01, kind="softmax"):
 class VectorQuantizer(nn.Module):
     """The nearest of V codes for every position, no normalisation; the losses of the release, and two options of ours.
 
-    beta mean (z - sg(e))^2 (commitment: moves the encoder) + mean (e - sg(z))^2 (moves the codes) + weighted entropy.
+    beta mean (z - sg(e))^2 (commitment: moves the encoder) + mean (e - sg(z))^2 (moves the codes) + weighted entropy;
+    sg: no gradient goes through.
     decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
     unused for so many steps (at first: all unused ones) move to latents of the batch, the first process's.
     """
@@ -299,7 +303,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("idle", torch.full((size,), float(restart)))
 
     def indices(self, z):
-        """z (B, E, h, w) -> (B, h, w) int64.  Always float32: in bfloat16 distances tie, and a tie is no choice."""
+        """z (B, E, h, w) -> (B, h, w) int64.  Distances in float32: in bfloat16 they tie."""
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             flat = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(self.embedding.weight.dtype)
             return nearest(flat, self.embedding.weight).view(len(z), *z.shape[2:])
@@ -314,7 +318,7 @@ class VectorQuantizer(nn.Module):
         Straight-through: z gets z_q's gradient.
         """
         with torch.autocast(z.device.type, enabled=False):
-            e = self.embedding.weight.clone()                   # update moves the codes before the gradients are taken
+            e = self.embedding.weight.clone()                   # a copy: update moves the codes before the gradient
             z = z.to(e.dtype)
             indices, flat = self.indices(z), z.permute(0, 2, 3, 1).flatten(0, 2)
             z_q = self.lookup(indices)
@@ -469,15 +473,15 @@ class BidirectionalTransformer(nn.Module):
         return self.embeddings_ln(x + self.position_embeddings.weight[:sequence.shape[1]])
 
     def features(self, sequence):
-        """sequence (B, 1 + N) -> (B, 1 + N, M), of which the logits are linear functions."""
+        """sequence (B, 1 + N) -> (B, 1 + N, M), what the output matrix takes."""
         x = F.dropout(self.embed(sequence), self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x)
         return self.mlm_ln(F.gelu(self.mlm_dense(x), approximate="tanh"))
 
     def forward(self, tokens, labels=None, mask=None):
-        """tokens (B, N) or (B, h, w) int64, -1 = [MASK]; labels see sequence; mask of tokens' shape, bool: True is
-        hidden too -> logits (B, N, V), float32: at i of the token at i. Of classes and [MASK] there are no logits."""
+        """tokens (B, N) or (B, h, w) int64, -1 = [MASK]; labels: see sequence; mask: bool of tokens' shape, True hides
+        that token too -> logits (B, N, V), float32: row i is of token i. Classes and [MASK] get none."""
         if mask is not None:
             tokens = tokens.masked_fill(mask, -1)
         h = self.features(self.sequence(tokens.flatten(1), labels))[:, 1:]
@@ -512,11 +516,11 @@ def schedule(r, total, method="cosine"):
     """gamma(r): the share of `total` tokens that is masked.  r: a number or a tensor of any shape in [0, 1], total: a
     number or a tensor that fits -> tensor in [1e-6, 1].
 
-    method: cosine, linear, square, cubic, sqrt, log, exponential, or powX for 1 - r^X. Always float32 on the CPU, as
-    the release: in float64 the cosine at r = 2/3 of 256 tokens leaves 128, not 127.  Source: libml/mask_schedule.py.
+    method: cosine, linear (the release's uniform), square, cubic, sqrt, log, exponential (exp), or powX: 1 - r^X. In
+    float32, as released: float64 leaves 128 of 256 tokens at r = 2/3, not 127.   Source: libml/mask_schedule.py.
     """
     r, total = (torch.as_tensor(x, dtype=torch.float32, device="cpu") for x in (r, total))
-    bits = total.clamp(min=2).log2()                                            # of one token any gamma leaves it
+    bits = total.clamp(min=2).log2()                                            # of one token log 1 would divide
     if method == "cosine":
         gamma = torch.cos(math.pi / 2 * r)
     elif method == "log":
@@ -562,13 +566,11 @@ class ResNet50(nn.Module):
     """
     def __init__(self):
         super().__init__()
-        self.conv1, self.bn1, width = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), 64
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         for i, depth in enumerate((3, 4, 6, 3)):
-            layers = []
-            for k in range(depth):
-                layers.append(Bottleneck(width, 64 << i, 2 if i and not k else 1))
-                width = 256 << i
-            self.add_module(f"layer{i + 1}", nn.Sequential(*layers))
+            widths = [128 << i if i else 64] + [256 << i] * (depth - 1)
+            self.add_module(f"layer{i + 1}", nn.Sequential(*(
+                Bottleneck(width, 64 << i, 2 if i and not k else 1) for k, width in enumerate(widths))))
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -594,7 +596,7 @@ def downsample(x, blur=True):
 
 
 class DiscriminatorBlock(nn.Module):
-    """(3x3, downsample, 3x3 + downsample, 1x1) / sqrt 2, leaky after each 3x3.  (B, C_in, H, W) -> (B, C, H/2, W/2)."""
+    """(leaky 3x3, down, leaky 3x3; plus down, 1x1) / sqrt 2.  (B, C_in, H, W) -> (B, C, H/2, W/2)."""
     def __init__(self, in_channels, out_channels, blur=True):
         super().__init__()
         self.blur, self.conv1 = blur, nn.Conv2d(in_channels, in_channels, 3, padding=1)
@@ -636,7 +638,7 @@ class Discriminator(nn.Module):
 
 
 def r1_penalty(discriminator, real):
-    """Logits of real images (B, 1), mean over images of the squared length of D's gradient there. Always float32."""
+    """Logits of real images (B, 1), mean over images of D's squared gradient there. Not to be called under autocast."""
     real = real.detach().requires_grad_()
     logits = discriminator(real)
     [gradient] = torch.autograd.grad(logits.sum(), real, create_graph=True)
@@ -644,7 +646,7 @@ def r1_penalty(discriminator, real):
 
 
 def discriminator_loss(gan, real, fake):
-    """Logits of real and of made images -> sum of both terms, softplus or hinge (0 beyond +-1)."""
+    """Logits of real and of made images -> sum of both terms: softplus, or hinge: relu(1 - real) + relu(1 + fake)."""
     loss = (lambda x: F.relu(1 + x)) if gan == "hinge" else F.softplus
     return (loss(-real) + loss(fake)).mean()
 
@@ -692,7 +694,7 @@ def parallel_decode(prior, tokens, labels=None, *, steps=12, start=0, method="co
     ever. labels: see the prior. method: mask schedule. start > 0 leaves out the first, most careful passes: some tokens
     are known. guidance: see Config. trace: a list that gets for each pass {step, logits (B, N, V), tokens (B, N) as
     drawn, fixed (B, N): what this pass has made known, masked (B, N): what is left, confidence (B, N)}.
-    Returns tokens (B, N): the last pass's draw, before it is masked again (one token would be: at least one always is).
+    Returns tokens (B, N): the last pass's draw; its masked state would still hold one [MASK].
     Raises UserError for no passes, guidance without dropped labels.   Source: libml/parallel_decode.py.
     """
     c = prior.config
@@ -743,7 +745,8 @@ def sample(tokenizer, prior, labels, *, known=None, **decoding):
 def box_tokens(box, f, side):
     """A box (top, left, height, width) in pixels -> (side, side) bool: its tokens, and one more on every side.
 
-    One more, as neighbours' codes tell of it. UserError: outside of the picture.   Source: maskgit/inference.py.
+    One more, as neighbours' codes tell of it. All is rounded down, as released: of a box that is not aligned to tokens
+    the last one more may be missing. UserError: outside of the picture.   Source: maskgit/inference.py.
     """
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > f * side:
@@ -763,11 +766,11 @@ def mask_tokens(mask, f):
 
 @torch.no_grad()
 def inpaint(tokenizer, prior, images, where, labels=None, *, start=2, composite=True, **decoding):
-    """Draw the tokens `where` (B, h, w) of images (B, 3, H, W) anew, as labels (B,); the other tokens are kept.
+    """Draw the tokens `where` (B, h, w) of images (B, 3, S, S) anew, as labels (B,); the other tokens are kept.
 
     With where = box_tokens(...) and another class this is the paper's class-conditional editing, with mask_tokens(...)
-    inpainting. Tokens cannot bring back exact pixels: composite takes those outside of the mask (enlarged, blurred at
-    the edge by H // 16 - 1 pixels) from the images. start: see parallel_decode.   Source: maskgit/inference.py.
+    inpainting. Tokens cannot bring back exact pixels: composite takes those outside of `where` (enlarged, blurred at
+    the edge by S // 16 - 1 pixels) from the images. start: see parallel_decode.   Source: maskgit/inference.py.
     """
     (H, W), tokens = images.shape[2:], tokenizer.encode(images)
     where = where.to(tokens.device).expand(tokens.shape)
@@ -783,9 +786,10 @@ def inpaint(tokenizer, prior, images, where, labels=None, *, start=2, composite=
 
 @torch.no_grad()
 def outpaint(tokenizer, prior, images, labels=None, *, left=0, right=0, **decoding):
-    """Widen images (B, 3, H, W) by left and right tokens: the trained window slides outwards by half of its width.
+    """Widen images (B, 3, S, S) by left and right tokens: the trained window slides outwards by half of its width.
 
-    In every window the half that is there is known, the other half is drawn. -> images (B, 3, H, W + f (left + right)).
+    In every window the half that is there is known, the other half is drawn: first to the right, then to the left, each
+    time up to the canvas's edge. -> images (B, 3, S, S + f (left + right)).
     """
     if min(left, right) < 0:
         raise UserError(f"left {left}, right {right}: at least 0 tokens")
@@ -824,13 +828,13 @@ def train_tokenizer(config, data, run):
     if perceptual:
         load_resnet(perceptual, config)
     else:
-        print("no weights for ResNet-50 (--perceptual): the reconstruction loss is squared error alone")
+        print("reconstruction loss: squared error (--perceptual download adds ResNet-50's features)")
     objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
-    learned = [p for p in tokenizer.parameters() if p.requires_grad]
-    settings = config.lr_tokenizer, (0.0, 0.99)
-    optimizer = torch.optim.Adam(learned, *settings, fused=run.device.type != "mps")
+    adam = lambda net: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr_tokenizer,
+                                        (0.0, 0.99), fused=run.device.type != "mps")
+    optimizer = adam(tokenizer)
     if discriminator:
-        opposing = torch.optim.Adam(discriminator.parameters(), *settings, fused=run.device.type != "mps")
+        opposing = adam(discriminator)
         objects |= {"discriminator": discriminator, "optimizer_discriminator": opposing}
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
@@ -931,8 +935,8 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels, mask)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
@@ -1017,21 +1021,20 @@ def read_weights(source):
 
 def torch_layout(name, value):
     """A Flax parameter -> PyTorch's layout: convolutions from H W I O, matrices from I O, heads are joined."""
-    last = name.split("/")[-1]
-    if last == "kernel" and value.ndim == 3:                                    # A heads: (M, A, M/A), out: (A, M/A, M)
-        value = value.flatten(0, 1) if name.split("/")[-2] == "out" else value.flatten(1)
-    if last == "kernel":
-        value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-    return value.flatten() if last == "bias" else value
+    if name.endswith("/kernel"):
+        if value.ndim == 3:                                                     # A heads: (M, A, M/A), out: (A, M/A, M)
+            value = value.flatten(0, 1) if "/out/" in name else value.flatten(1)
+        return value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return value.flatten() if name.endswith("/bias") else value
 
 
 def our_names(names):
     """Official names -> {official: ours}, which are the port's; the transformer's without Flax's scopes.
 
-    Flax numbers the tokenizer's blocks as they run: L levels of n blocks; in the decoder the coarsest level is first.
+    Flax numbers the tokenizer's blocks as they run: `levels` of n blocks; in the decoder the coarsest level is first.
     """
-    L = max(1, len({name.split("/")[1] for name in names if re.match(r"decoder/Conv_\d", name)}) - 1)
-    n = max(1, len({name.split("/")[1] for name in names if re.match(r"encoder/ResBlock_\d", name)}) // (L + 1))
+    levels = max(1, len({name.split("/")[1] for name in names if re.match(r"decoder/Conv_\d", name)}) - 1)
+    n = max(1, len({name.split("/")[1] for name in names if re.match(r"encoder/ResBlock_\d", name)}) // (levels + 1))
     inside = {"Conv_0": "conv1", "Conv_1": "conv2", "Conv_2": "nin_shortcut", "GroupNorm_0": "norm1",
               "GroupNorm_1": "norm2", "kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -1039,17 +1042,18 @@ def our_names(names):
         side, _, rest = name.partition("/")
         if match := re.match(r"ResBlock_(\d+)/", rest):
             k, rest = int(match[1]), rest[match.end():]
-            place = f"down.{k // n}.block.{k % n}" if side == "encoder" else f"up.{L - k // n}.block.{k % n}"
-            if k >= L * n if side == "encoder" else k < n:
+            place = f"down.{k // n}.block.{k % n}" if side == "encoder" else f"up.{levels - k // n}.block.{k % n}"
+            if k >= levels * n if side == "encoder" else k < n:
                 place = f"mid.{k % n}"
             return ".".join([side, place, *(inside.get(part, part) for part in rest.split("/"))])
         if match := re.match(r"Conv_(\d+)/", rest):
             k = int(match[1])
-            place = "conv_in" if k == 0 else "conv_out" if side == "encoder" or k == L else f"up.{L - k}.upsample_conv"
+            place = "conv_in" if k == 0 else f"up.{levels - k}.upsample_conv"
+            place = "conv_out" if k and (side == "encoder" or k == levels) else place
             rest = rest.replace(match[0], place + "/")
         name = re.sub(r"(Embed|MlmLayer|Attention|Mlp)_0/|self_attention/", "", f"{side}/{rest}")
         name = name.replace("GroupNorm_0", "norm_out").replace("quantizer/codebook", "quantize.embedding/weight")
-        name = re.sub(r"TransformerLayer_", "layers/", name).replace("mlm_bias/bias", "mlm_bias")
+        name = name.replace("TransformerLayer_", "layers/").replace("mlm_bias/bias", "mlm_bias")
         return ".".join(inside.get(part, part) for part in name.split("/"))
     return {name: translate(name) if "/" in name else name for name in names}
 
@@ -1070,27 +1074,23 @@ def from_official(source, config=None):
                  .contiguous() for new, old in theirs.items()}
         size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
         count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-        off = dict(label_dropout=0.0, guidance=1.0, disc_weight=0.0, codebook_ema=0.0, restart=0, beta=0.25,
-                   entropy_weight=0.1)
         with torch.device("meta"):
             if "word_embeddings.weight" in state:
                 V, width = (config or {}).get("codebook_size", 1024), size("word_embeddings.weight", 1)
-                model = BidirectionalTransformer(Config(                        # pixels: as if f were 16, the release's
-                    image_size=16 * math.isqrt(size("position_embeddings.weight") - 1), ch_mult=(1,) * 5, width=width,
-                    codebook_size=V, num_classes=size("word_embeddings.weight") - V - 1, heads=query.shape[1],
-                    layers=count(r"layers\.(\d+)"), mlp_ratio=size("layers.0.layer_output.weight", 1) // width,
-                    dropout=0.1, **off))
+                model = BidirectionalTransformer(Config(**RELEASE | dict(
+                    image_size=16 * math.isqrt(size("position_embeddings.weight") - 1), width=width, codebook_size=V,
+                    num_classes=size("word_embeddings.weight") - V - 1, heads=query.shape[1],
+                    layers=count(r"layers\.(\d+)"), mlp_ratio=size("layers.0.layer_output.weight", 1) // width)))
             else:
                 levels, ch = count(r"encoder\.down\.(\d+)"), size("encoder.conv_in.weight")
-                model = VQVAE(Config(
-                    image_size=256, num_classes=0, ch=ch, groups=32, code_dim=size("quantize.embedding.weight", 1),
+                model = VQVAE(Config(**RELEASE | dict(
+                    image_size=256, num_classes=0, ch=ch, code_dim=size("quantize.embedding.weight", 1),
                     codebook_size=size("quantize.embedding.weight"),
                     ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(levels)],
-                    num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), **off) if levels and ch else Config())
+                    num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)")) if levels and ch else {}))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    wrong = [theirs.get(key, key) for key in {**state, **shapes}
-             if key not in state or state[key].shape != shapes.get(key)] + [old for old in given if
-                                                                           old not in theirs.values()]
+    wrong = [theirs.get(key, key) for key in state | shapes if key not in state or state[key].shape != shapes.get(key)]
+    wrong += [old for old in given if old not in theirs.values()]
     if wrong:
         raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
@@ -1649,7 +1649,7 @@ def load(args):
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, BidirectionalTransformer) or len(args.official) > 2:
         raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
-    run = Run.__new__(Run)                                                      # no folder: pictures go to this one
+    run = Run.__new__(Run)                                                      # without a folder: pictures go here
     run.config, run.folder = tokenizer.config, Path(".")
     run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if len(args.official) > 1:
@@ -1690,16 +1690,21 @@ def labels_of(args, run, images, labels):
     return torch.full((len(images),), run.config.num_classes) if labels is None else labels
 
 
+def decoding(config):
+    """The settings of parallel_decode that a run was trained to be drawn with."""
+    return dict(steps=config.sample_steps, method=config.schedule, temperature=config.temperature,
+                choice_temperature=config.choice_temperature, guidance=config.guidance if config.num_classes else 1.0)
+
+
 def in_parts(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> images, on the CPU."""
     fields = dict(sample_steps=args.steps, schedule=args.schedule, temperature=args.temperature,
                   choice_temperature=args.choice_temperature, guidance=args.guidance)
     config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
-    if not config.num_classes and args.guidance is None:
-        config.guidance = 1.0                                                   # nothing to be guided by
     check(config)
-    settings = dict(steps=config.sample_steps, method=config.schedule, temperature=config.temperature,
-                    choice_temperature=config.choice_temperature, guidance=config.guidance)
+    settings = decoding(config)
+    if args.guidance is not None:                                               # even where there are no classes
+        settings["guidance"] = args.guidance
     if "start" in args:                                                         # release: 2 of 12 steps are left out
         settings["start"] = config.sample_steps // 6 if args.start is None else args.start
     generator = torch.Generator(run.device).manual_seed(args.seed)
@@ -1753,7 +1758,8 @@ def inpaint_command(args, run, tokenizer, prior):
     (images, labels), side = read_photos(args, run), run.config.image_size
     with explain(f"{args.mask} cannot be read as an image", "give a PNG, white where to draw anew"):
         size, mask = Image.open(args.mask).size, read_image(args.mask, side)[..., 0] >= 128
-    for photo, wanted in [(photo, Image.open(photo).size) for photo in args.photos] or [("the images", (side, side))]:
+    shown = [(photo, Image.open(photo).size) for photo in args.photos] or [("the images", (side, side))]
+    for photo, wanted in shown:
         if size != wanted:
             raise UserError(f"{args.mask} has {size[0]} x {size[1]} pixels, {photo} {wanted[0]} x {wanted[1]}: a mask "
                             f"must be as large as the picture")
@@ -1816,8 +1822,8 @@ def evaluate_command(args, run, tokenizer, prior):
             nats[kind] += float(found["nats"]) * len(k) / len(images)
             hits += float(found["accuracy"]) * len(k) / len(images) * (kind == "training")
     (share, perplexity), start, num = use(tokens, tokenizer), time.time(), len(labels[:16])
-    sample(tokenizer, prior, labels[:num].to(run.device), steps=c.sample_steps, method=c.schedule,
-           guidance=c.guidance if c.num_classes else 1.0, generator=torch.Generator(run.device).manual_seed(0)).cpu()
+    sample(tokenizer, prior, labels[:num].to(run.device), generator=torch.Generator(run.device).manual_seed(0),
+           **decoding(c)).cpu()
     seconds = time.time() - start
     report = dict(
         file=f"{NAME}.py", data=Path(c.data).name, image_size=c.image_size,
