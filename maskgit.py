@@ -119,19 +119,19 @@ class Config:
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
     train_steps_tokenizer: int = 1000  # steps of the tokenizer
-    train_steps_prior: int = 2500   # steps of the transformer
+    train_steps_prior: int = 4000   # steps of the transformer
     lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
-    lr_prior: float = 1e-3          # learning rate of the transformer (release: 1e-4)
+    lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.999              # decay of the averaged weights, which sampling uses (0: the weights themselves)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 100           # steps between two checkpoints
-    sample_steps: int = 8           # passes of the transformer for a picture
-    temperature: float = 1.0        # logits are divided by it in sampling: how varied the codes are
+    sample_steps: int = 12          # passes of the transformer for a picture
+    temperature: float = 0.7        # logits are divided by it: how varied the drawn codes are (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
-    guidance: float = 2.0           # logits = no class + guidance (class - no class); 1: none
+    guidance: float = 2.5           # logits = no class + guidance (class - no class); 1: none
     compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
@@ -160,13 +160,13 @@ RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num
                disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1,
                label_dropout=0.0, batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000,
                train_steps_prior=2_000_000, lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000,
-               clip=0.0, guidance=1.0, log_every=50, save_every=2000)
+               clip=0.0, temperature=1.0, guidance=1.0, log_every=50, save_every=2000)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_ema=0.98,
                       disc_start=2100, train_steps_tokenizer=2500, lr_tokenizer=1.5e-3, width=192, heads=6,
-                      train_steps_prior=9000, save_every=250, sample_steps=12),
+                      train_steps_prior=8000, lr_prior=1e-3, save_every=250),
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", image_size=256, sample_steps=8)),
     "imagenet512": Config(**RELEASE | dict(data="imagenet512", image_size=512, sample_steps=12)),
 }
