@@ -695,14 +695,16 @@ def parallel_decode(prior, tokens, labels=None, *, steps=12, start=0, method="co
     are known. guidance: see Config. trace: a list that gets for each pass {step, logits (B, N, V), tokens (B, N) as
     drawn, fixed (B, N): what this pass has made known, masked (B, N): what is left, confidence (B, N)}.
     Returns tokens (B, N): the last pass's draw; its masked state would still hold one [MASK].
-    Raises UserError for no passes, guidance without dropped labels.   Source: libml/parallel_decode.py.
+    UserError: no passes, temperature 0, unknown labels, guidance without dropped ones. Source: parallel_decode.py.
     """
     c = prior.config
     if not 0 <= start < steps:
         raise UserError(f"start {start}, steps {steps}: start must be 0 or more, and below steps")
     if guidance != 1 and not (c.label_dropout and c.num_classes):
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
-    if labels is not None and c.num_classes and not 0 <= labels.min() <= labels.max() < c.class_rows:
+    if temperature <= 0:
+        raise UserError(f"temperature {temperature}: above 0")
+    if labels is not None and c.num_classes and not ((0 <= labels) & (labels < c.class_rows)).all():
         raise UserError(f"labels {labels.tolist()}: this model knows 0 to {c.class_rows - 1}")
     mask = tokens < 0
     total = mask.sum(1).cpu()                                                   # of each image: holes differ in size
@@ -745,8 +747,8 @@ def sample(tokenizer, prior, labels, *, known=None, **decoding):
 def box_tokens(box, f, side):
     """A box (top, left, height, width) in pixels -> (side, side) bool: its tokens, and one more on every side.
 
-    One more, as neighbours' codes tell of it. All is rounded down, as released: of a box that is not aligned to tokens
-    the last one more may be missing. UserError: outside of the picture.   Source: maskgit/inference.py.
+    One more, as neighbours' codes tell of it. QUIRK: all is rounded down; of a box that is not aligned to tokens the
+    last one more, or even its own last, is missing. UserError: outside of the picture.   Source: maskgit/inference.py.
     """
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1 or max(top + height, left + width) > f * side:
@@ -764,6 +766,15 @@ def mask_tokens(mask, f):
     return F.max_pool2d(touched, 3, 1, 1)[:, 0] > 0
 
 
+def encode_square(tokenizer, prior, images):
+    """images (B, 3, S, S) -> tokens (B, h, w). UserError: of another size than the prior's."""
+    tokens, side = tokenizer.encode(images), prior.config.side
+    if tokens.shape[1:] != (side, side):
+        raise UserError(f"images of {tuple(images.shape[2:])} pixels are {tuple(tokens.shape[1:])} tokens: this model "
+                        f"draws {side} x {side}")
+    return tokens
+
+
 @torch.no_grad()
 def inpaint(tokenizer, prior, images, where, labels=None, *, start=2, composite=True, **decoding):
     """Draw the tokens `where` (B, h, w) of images (B, 3, S, S) anew, as labels (B,); the other tokens are kept.
@@ -772,7 +783,7 @@ def inpaint(tokenizer, prior, images, where, labels=None, *, start=2, composite=
     inpainting. Tokens cannot bring back exact pixels: composite takes those outside of `where` (enlarged, blurred at
     the edge by S // 16 - 1 pixels) from the images. start: see parallel_decode.   Source: maskgit/inference.py.
     """
-    (H, W), tokens = images.shape[2:], tokenizer.encode(images)
+    (H, W), tokens = images.shape[2:], encode_square(tokenizer, prior, images)
     where = where.to(tokens.device).expand(tokens.shape)
     known = tokens.masked_fill(where, -1).flatten(1)
     drawn = tokenizer.decode(parallel_decode(prior, known, labels, start=start, **decoding).view(tokens.shape))
@@ -793,7 +804,7 @@ def outpaint(tokenizer, prior, images, labels=None, *, left=0, right=0, **decodi
     """
     if min(left, right) < 0:
         raise UserError(f"left {left}, right {right}: at least 0 tokens")
-    s, canvas = prior.config.side, F.pad(tokenizer.encode(images), (left, right), value=-1)
+    s, canvas = prior.config.side, F.pad(encode_square(tokenizer, prior, images), (left, right), value=-1)
     half = s // 2
     starts = [min(i, left + right) for i in range(left + half, left + right + half, half)]
     for i in starts + [max(i, 0) for i in range(left - half, -half, -half)]:
@@ -839,7 +850,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        tokenizer.compile()
+        tokenizer.encoder.compile()                                             # not the codebook, which update changes
+        tokenizer.decoder.compile()
     for step in run.steps("tokenizer", config.train_steps_tokenizer, **objects, optimizer=optimizer):
         generator = rng(config.seed, step)
         [images] = shard(data.batch("train", config.batch_size, generator)[0], device=run.device)
@@ -1077,6 +1089,9 @@ def from_official(source, config=None):
         with torch.device("meta"):
             if "word_embeddings.weight" in state:
                 V, width = (config or {}).get("codebook_size", 1024), size("word_embeddings.weight", 1)
+                if query is None or size("word_embeddings.weight") < V + 2:
+                    raise ValueError(f"{size('word_embeddings.weight')} embeddings cannot hold {V} codes (config: "
+                                     f"codebook_size), or no query in layer 0")
                 model = BidirectionalTransformer(Config(**RELEASE | dict(
                     image_size=16 * math.isqrt(size("position_embeddings.weight") - 1), width=width, codebook_size=V,
                     num_classes=size("word_embeddings.weight") - V - 1, heads=query.shape[1],
@@ -1126,7 +1141,8 @@ def check(config):
             raise UserError(message)
     c = config
     need(c.gan in ("non-saturating", "hinge"), f"gan {c.gan!r} is unknown: non-saturating or hinge")
-    need(c.schedule in ("cosine", "log", "exponential", *POWERS) or re.fullmatch(r"pow\d*\.?\d+", c.schedule),
+    need(c.schedule in ("cosine", "log", "exponential", *POWERS) or
+         re.fullmatch(r"pow(?=.*[1-9])\d*\.?\d+", c.schedule),
          f"schedule {c.schedule!r} is unknown: cosine, {', '.join(POWERS)}, log, exponential, or pow2.5 and the like")
     for names, least in (("batch_size batch_size_prior log_every save_every image_size num_res_blocks code_dim "
                           "disc_width width heads layers mlp_ratio sample_steps", 1), ("codebook_size", 2),
@@ -1139,6 +1155,7 @@ def check(config):
     for name in ("codebook_ema", "dropout", "label_dropout", "label_smoothing", "ema"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
+    need(math.isfinite(c.choice_temperature), f"choice_temperature is {c.choice_temperature}: a number, at least 0")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.entropy_temperature > 0,
          "lr_tokenizer, lr_prior and entropy_temperature must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
@@ -1468,14 +1485,17 @@ class Run:
 
     def plot(self):
         """curves.png: the loss of every stage, raw and smoothed."""
-        axis = (figure := Figure(figsize=(7, 4))).gca()
-        for stage in dict.fromkeys(row["stage"] for row in self.state["metrics"]):
+        stages = list(dict.fromkeys(row["stage"] for row in self.state["metrics"]))
+        figure = Figure(figsize=(7, 3 * max(1, len(stages))), layout="constrained")
+        for i, stage in enumerate(stages):
+            axis = figure.add_subplot(len(stages), 1, i + 1)
             rows = [row for row in self.state["metrics"] if row["stage"] == stage]
             step, loss = np.array([(row["step"], row["loss"]) for row in rows]).T
             [line], k = axis.plot(step, loss, alpha=0.3), min(25, len(loss))
             smooth = np.convolve(loss, np.ones(k) / k, "valid")
             axis.plot(step[k - 1:], smooth, color=line.get_color(), label=f"{stage}, mean of {k} rows")
-            axis.set(xlabel="step", ylabel="loss", ylim=(loss.min(), np.quantile(loss, 0.95) * 1.05))
+            low, high = loss.min(), np.quantile(loss, 0.95)
+            axis.set(xlabel="step", ylabel="loss", ylim=(low, high + 0.05 * (high - low) + 1e-9))
             axis.legend()
         figure.savefig(buffer := io.BytesIO(), dpi=120)
         write_file(self.folder / "curves.png", buffer.getbuffer())
@@ -1593,7 +1613,8 @@ def train_command(args):
             asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
         saved = run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if saved.get(name) != value and name not in ("data", "data_dir", "lpips")]    # they may have moved
+                 if saved.get(name) != value and not (name in ("data", "data_dir", "lpips", "perceptual") and
+                                                      saved.get(name) and value)]           # these may have moved
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         run.config = dataclasses.replace(run.config, **fields)
@@ -1620,8 +1641,10 @@ def read_labels(words, run, num):
     labels = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words or ()]
     for word, label in zip(words or (), labels):
         if not 0 <= label < count:
-            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}, or {', '.join(classes)}")
-    return torch.tensor((labels or list(range(max(1, count)))) * num, device=run.device)[:num]
+            names = f", or {', '.join(classes)}" if not classes[0].isdecimal() else ""
+            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}{names}")
+    every = torch.tensor(labels or range(max(1, count)))
+    return every[torch.arange(num) % len(every)].to(run.device)
 
 
 # Copied from pixelcnn.py
@@ -1746,6 +1769,9 @@ def complete_command(args, run, tokenizer, prior):
 
 def edit(args, run, tokenizer, prior, images, labels, where, name):
     """Draw the tokens `where` (h, w) of each image anew and show it."""
+    if where.all():
+        raise UserError("what is to be drawn anew, and one token more on every side, is the whole picture: nothing "
+                        "would be known; make it smaller, or draw whole pictures with sample")
     num = args.num or 6
     drawn = in_parts(args, run, lambda images, labels, **more: inpaint(tokenizer, prior, images, where, labels, **more),
                      images.repeat_interleave(num, 0), labels.repeat_interleave(num))
@@ -1757,15 +1783,18 @@ def inpaint_command(args, run, tokenizer, prior):
     """Draws what a mask (a picture: white) covers anew. It is cut and scaled as its photo is."""
     (images, labels), side = read_photos(args, run), run.config.image_size
     with explain(f"{args.mask} cannot be read as an image", "give a PNG, white where to draw anew"):
-        size, mask = Image.open(args.mask).size, read_image(args.mask, side)[..., 0] >= 128
-    shown = [(photo, Image.open(photo).size) for photo in args.photos] or [("the images", (side, side))]
+        mask = ImageOps.exif_transpose(Image.open(args.mask)).convert("L").point(lambda value: 255 * (value >= 128))
+        size, whole = mask.size, mask.getextrema()[0] == 255
+        mask = np.asarray(ImageOps.fit(mask, (side, side), Image.Resampling.BOX)) > 0       # however thin a line was
+    upright = lambda photo: ImageOps.exif_transpose(Image.open(photo)).size
+    shown = [(photo, upright(photo)) for photo in args.photos] or [("the images", (side, side))]
     for photo, wanted in shown:
         if size != wanted:
             raise UserError(f"{args.mask} has {size[0]} x {size[1]} pixels, {photo} {wanted[0]} x {wanted[1]}: a mask "
                             f"must be as large as the picture")
     if not mask.any():
         raise UserError(f"{args.mask} is empty: it must be white where to draw anew")
-    if mask.all():
+    if whole:
         raise UserError(f"{args.mask} is white everywhere: nothing would be known; draw whole pictures with sample")
     where = mask_tokens(torch.from_numpy(mask)[None], tokenizer.f)[0]
     edit(args, run, tokenizer, prior, images, labels_of(args, run, images, labels), where, "inpainted.png")
@@ -1850,7 +1879,7 @@ RUN = ("run --official --out --num --seed --labels --steps --schedule --temperat
 EDIT = f"{RUN} photos --data-dir"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),

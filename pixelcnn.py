@@ -919,14 +919,17 @@ class Run:
 
     def plot(self):
         """curves.png: the loss of every stage, raw and smoothed."""
-        axis = (figure := Figure(figsize=(7, 4))).gca()
-        for stage in dict.fromkeys(row["stage"] for row in self.state["metrics"]):
+        stages = list(dict.fromkeys(row["stage"] for row in self.state["metrics"]))
+        figure = Figure(figsize=(7, 3 * max(1, len(stages))), layout="constrained")
+        for i, stage in enumerate(stages):
+            axis = figure.add_subplot(len(stages), 1, i + 1)
             rows = [row for row in self.state["metrics"] if row["stage"] == stage]
             step, loss = np.array([(row["step"], row["loss"]) for row in rows]).T
             [line], k = axis.plot(step, loss, alpha=0.3), min(25, len(loss))
             smooth = np.convolve(loss, np.ones(k) / k, "valid")
             axis.plot(step[k - 1:], smooth, color=line.get_color(), label=f"{stage}, mean of {k} rows")
-            axis.set(xlabel="step", ylabel="loss", ylim=(loss.min(), np.quantile(loss, 0.95) * 1.05))
+            low, high = loss.min(), np.quantile(loss, 0.95)
+            axis.set(xlabel="step", ylabel="loss", ylim=(low, high + 0.05 * (high - low) + 1e-9))
             axis.legend()
         figure.savefig(buffer := io.BytesIO(), dpi=120)
         write_file(self.folder / "curves.png", buffer.getbuffer())
@@ -1035,7 +1038,8 @@ def train_command(args):
             asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
         saved = run.state["config"]
         wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
-                 if saved.get(name) != value and name not in ("data", "data_dir", "lpips")]    # they may have moved
+                 if saved.get(name) != value and not (name in ("data", "data_dir", "lpips", "perceptual") and
+                                                      saved.get(name) and value)]           # these may have moved
         if wrong:
             raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
         run.config = dataclasses.replace(run.config, **fields)
@@ -1061,8 +1065,10 @@ def read_labels(words, run, num):
     labels = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words or ()]
     for word, label in zip(words or (), labels):
         if not 0 <= label < count:
-            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}, or {', '.join(classes)}")
-    return torch.tensor((labels or list(range(max(1, count)))) * num, device=run.device)[:num]
+            names = f", or {', '.join(classes)}" if not classes[0].isdecimal() else ""
+            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}{names}")
+    every = torch.tensor(labels or range(max(1, count)))
+    return every[torch.arange(num) % len(every)].to(run.device)
 
 
 def read_photos(args, run):

@@ -611,7 +611,7 @@ def test_maskgit_command_lines(fails, words, says, tmp_path, monkeypatch):
     (["replace", "--labels", "1", "--box", "4", "4", "8", "2"], ["box 4 4 8 2", "8 x 8"]),
     (["replace", "--labels", "1", "--box", "-1", "0", "2", "2"], ["box -1 0 2 2"]),
     (["replace", "--labels", "1", "--box", "0", "0", "2"], ["--box", "4"]),
-    (["replace", "--labels", "1", "--box", "0", "0", "2", "2", "--start", "8"], ["start 8, steps 8"]),
+    (["replace", "--labels", "1", "--box", "0", "0", "2", "2", "--start", "12"], ["start 12, steps 12"]),
     (["outpaint"], ["--left 0 --right 0", "multiples of 2"]),
     (["outpaint", "--right", "3"], ["--right 3", "multiples of 2"]),
     (["outpaint", "--left", "-2", "--right", "4"], ["--left -2"]),
@@ -623,12 +623,14 @@ def test_maskgit_verbs(fails, trained_maskgit, words, says):
 
 
 def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
-    """Of another size than the photo, empty, all ones, no picture; and one that fits. Planted: a mask stretched to the photo."""
+    """Of another size than the photo, empty, all ones, no picture; and one that fits. Planted: a mask stretched to the photo;
+    a thin line lost in scaling; a phone's photo measured lying down."""
     module, run, _ = trained_maskgit
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (20, 12), (200, 30, 30)).save("photo.png")
-    for name, size, box in (("hole", (20, 12), (8, 4, 12, 8)), ("empty", (20, 12), None), ("full", (20, 12), (0, 0, 20, 12)), ("other", (12, 20), (2, 2, 5, 5)),
-                            ("small", (8, 8), (2, 2, 4, 4))):
+    for name, size, box in (("hole", (20, 12), (4, 0, 6, 2)), ("empty", (20, 12), None), ("full", (20, 12), (0, 0, 20, 12)), ("other", (12, 20), (2, 2, 5, 5)),
+                            ("small", (8, 8), (0, 0, 2, 2)), ("middle", (20, 12), (8, 4, 12, 8)),
+                            ("thin", (20, 12), (4, 0, 5, 1))):
         mask = Image.new("L", size)
         if box:
             mask.paste(255, box)
@@ -639,6 +641,13 @@ def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
     inpaint("empty.png", ["empty.png is empty", "white"])
     inpaint("full.png", ["full.png is white everywhere", "sample"])
     inpaint("none.png", ["none.png cannot be read"])
+    inpaint("middle.png", ["one token more on every side", "whole picture"])
+    fails(module, "replace", run, "photo.png", "--box", "2", "2", "4", "4", says=["whole picture", "sample"])
+    picture, exif = Image.open("photo.png").rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6                                                    # a phone's: to be turned upright, 20 x 12 again
+    picture.save("phone.jpg", exif=exif)
+    module.main(["inpaint", str(run), "phone.jpg", "--mask", "hole.png", "--num", "1", "--out", "out.png"])
+    module.main(["inpaint", str(run), "photo.png", "--mask", "thin.png", "--num", "1", "--out", "out.png"])
     inpaint("hole.png", ["hole.png has 20 x 12 pixels", "8 x 8"], photos=())        # the test images
     inpaint("hole.png", ["missing.png"], photos=("missing.png",))
     Image.new("RGB", (20, 7)).save("low.png")
@@ -665,13 +674,14 @@ def test_photos_without_labels(fails, trained_maskgit, tmp_path):
         module.main([verb, str(run), *map(str, words), *more])
         fails(module, verb, alone, *words, *more, says=["by class", "--labels"])
     fails(module, "sample", alone, "--guidance", "2", says=["--label-dropout"])
+    fails(module, "train", "--resume", run, "--perceptual", "net.pth", says=["perceptual", "net.pth"])       # there it had none
 
 
 def test_maskgit_official_files(fails, trained_maskgit, tmp_path, monkeypatch):
     """Of other models, in the wrong order, of another codebook; and a pair that fits. Planted: no comparison of the codebooks' sizes."""
     module, run, alone = trained_maskgit
     monkeypatch.chdir(tmp_path)
-    config = module.Config(image_size=32, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_ema=0.0, restart=0)
+    config = module.Config(image_size=64, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_ema=0.0, restart=0)
     wrong = module.VQVAE(dataclasses.replace(config, codebook_size=1000))
     torch.save(wrong.state_dict(), "wrong.bin")
     torch.save(module.VQVAE(dataclasses.replace(config, codebook_size=1024)).state_dict(), "tokenizer.bin")
@@ -691,7 +701,7 @@ def test_maskgit_official_files(fails, trained_maskgit, tmp_path, monkeypatch):
             value = value.reshape(2, 8, 16) if "out/kernel" in name else value.reshape(16, 2, 8) if "kernel" in name else value if "out" in name else value.view(2, 8)
         tree[name] = value.contiguous()
     torch.save(tree, "transformer.pt")
-    Image.new("RGB", (40, 36)).save("photo.png")
+    Image.new("RGB", (80, 72)).save("photo.png")
     official = ["--official", "tokenizer.bin", "transformer.pt"]
     fails(module, "sample", "--official", "wrong.bin", "transformer.pt", says=["wrong.bin transformer.pt", "of its 1000 codes"])
     fails(module, "sample", "--official", "tokenizer.bin", says=["is a tokenizer", "transformer too"])
