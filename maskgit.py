@@ -92,7 +92,7 @@ class Config:
     ch_mult: tuple = (1, 1, 1)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level, and in the middle of encoder and decoder (release: 2)
     code_dim: int = 8               # E, width of a code
-    codebook_size: int = 256        # V, codes
+    codebook_size: int = 128        # V, codes
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
     entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
@@ -102,7 +102,7 @@ class Config:
     perceptual_weight: float = 0.1  # its weight beside the squared error
     gan: str = "non-saturating"     # losses of generator and discriminator: non-saturating or hinge
     disc_weight: float = 0.02       # weight of the GAN's term (0: no GAN; release: 0.1)
-    disc_start: int = 850           # first step of the GAN; before it the discriminator does not learn (release: 0)
+    disc_start: int = 680           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_width: int = 32            # widest layers of the discriminator (release: 512)
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real images
     # transformer
@@ -118,8 +118,8 @@ class Config:
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 1000  # steps of the tokenizer
-    train_steps_prior: int = 4000   # steps of the transformer
+    train_steps_tokenizer: int = 750  # steps of the tokenizer
+    train_steps_prior: int = 3500   # steps of the transformer
     lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
@@ -127,7 +127,7 @@ class Config:
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.999              # decay of the averaged weights, which sampling uses (0: the weights themselves)
     log_every: int = 10             # steps between two rows of metrics.jsonl
-    save_every: int = 100           # steps between two checkpoints
+    save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a picture
     temperature: float = 0.7        # logits are divided by it: how varied the drawn codes are (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
@@ -166,7 +166,7 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_ema=0.98,
                       disc_start=2100, train_steps_tokenizer=2500, lr_tokenizer=1.5e-3, width=192, heads=6,
-                      train_steps_prior=8000, lr_prior=1e-3, save_every=250),
+                      train_steps_prior=5000, lr_prior=1e-3),
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", image_size=256, sample_steps=8)),
     "imagenet512": Config(**RELEASE | dict(data="imagenet512", image_size=512, sample_steps=12)),
 }
