@@ -4,6 +4,7 @@
 block of the same name in FILE.py.
 """
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"^# Copied from (\w+\.py)$")
 
 
+@functools.lru_cache                                    # each file is asked for every copy in it
 def blocks(source):
     """{name: (first line, last line)} of the top-level classes and functions, decorators included, counted from 0."""
     found = {}
