@@ -1820,6 +1820,7 @@ def outpaint_command(args, run, tokenizer, prior):
     show(args, run, drawn, "outpainted.png", num, "evaluate")
 
 
+# Copied from rqvae.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)

@@ -505,16 +505,6 @@ def test_training_returns_the_average_of_the_weights(tmp_path):
     assert all(torch.equal(a, b) for x, y in zip(loaded, (tokenizer, prior)) for a, b in zip(x.parameters(), y.parameters()))
 
 
-def test_compile_compiles_what_training_calls(tmp_path, monkeypatch):
-    """Planted: prior.compile(), which compiles forward, which training does not call."""
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
-    config = dataclasses.replace(TINY, compile=True, train_steps_prior=1, train_images=20, test_images=10, batch_size_prior=4)
-    data = maskgit.load_data(config)
-    maskgit.train_prior(config, data, maskgit.Run(tmp_path / "run", config, data.classes), VQVAE(config).eval())
-    assert calls == ["loss"]
-
-
 def test_compile_leaves_the_moving_codebook_alone(tmp_path, monkeypatch):
     """The compiler may read a weight again in the backward pass that update has moved. Planted: tokenizer.compile()."""
     calls = []

@@ -256,16 +256,6 @@ def test_lpips_weights_of_a_released_vqgan(tmp_path):
     assert all(torch.equal(value, taken.state_dict()[name]) for name, value in given.state_dict().items())
 
 
-def test_compile_compiles_what_training_calls(tmp_path, monkeypatch):
-    """Planted: prior.compile(), which compiles forward, which training does not call."""
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
-    config = dataclasses.replace(TINY, compile=True, train_steps_prior=1, train_images=20, test_images=10, batch_size_prior=4)
-    data = rqvae.load_data(config)
-    rqvae.train_prior(config, data, rqvae.Run(tmp_path / "run", config, data.classes), RQVAE(config).eval())
-    assert calls == ["loss"]
-
-
 def test_captions_are_shortened_to_captions():
     """Each part goes in three of ten; what is left is a caption, padded behind. Planted: [pad] in the middle."""
     words = rqvae.read_captions(["a small red star at the top"] * 2000)

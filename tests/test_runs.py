@@ -1,4 +1,5 @@
 """Run folders: a killed and resumed run ends in the same bits, whatever killed it; several processes equal one."""
+import dataclasses
 import json
 import os
 import random
@@ -180,6 +181,17 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(case, tmp_path, fa
     state = checkpoint(tmp_path / "run")
     assert state["progress"]["prior"] == 5
     assert all(value.isfinite().all() for value in state["objects"]["prior"].values())
+
+
+def test_compile_compiles_what_training_calls(case, tmp_path, monkeypatch):
+    """Planted: prior.compile(), which compiles forward, which training does not call."""
+    only(case, {"rqvae-class", "maskgit-class"})
+    calls, module = [], case.module
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
+    config = dataclasses.replace(case.config, compile=True, train_steps_prior=1, train_images=20, test_images=10, batch_size_prior=4)
+    data = module.load_data(config)
+    module.train_prior(config, data, module.Run(tmp_path / "run", config, data.classes), module.build_tokenizer(config).eval())
+    assert calls == ["loss"]
 
 
 def test_two_processes_equal_one(case, tmp_path):

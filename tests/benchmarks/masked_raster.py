@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from common import compare
+from gpt_cache import EVERY, N, full_passes
 
 import maskgit
 import vqgan_gpt
 
-N, V, LAYERS, WIDTH, HEADS, STEPS, EVERY = 256, 1024, 12, 512, 8, 12, 32
+V, LAYERS, WIDTH, HEADS, STEPS = 1024, 12, 512, 8, 12
 
 
 def gflop(tokens, pairs, logits):
@@ -34,10 +35,6 @@ def main():
     for name, (passes, flops) in work.items():
         print(f"{name}: {passes} passes, {flops:.0f} GFLOP an image")
 
-    @torch.no_grad()
-    def uncached(batch):
-        for i in range(EVERY // 2, N, EVERY):                                   # lengths 17, 49 ... 241: their mean is that of all
-            vqgan_gpt.draw(gpt.transformer(torch.zeros(batch, i + 1, dtype=torch.long))[:, -1])
     def decode(batch):
         maskgit.parallel_decode(masked, torch.full((batch, N), -1), torch.zeros(batch, dtype=torch.long), steps=STEPS)
 
@@ -45,7 +42,7 @@ def main():
         vqgan_gpt.sample(tokenizer, gpt, torch.zeros(batch, dtype=torch.long))
     for batch in (1, 16):
         compare(f"batch {batch}: GPT with its cache against {STEPS} masked passes", partial(cached, batch), partial(decode, batch))
-        compare(f"batch {batch}: GPT without cache against {STEPS} masked passes", partial(uncached, batch), partial(decode, batch), scale=1 / EVERY)
+        compare(f"batch {batch}: GPT without cache against {STEPS} masked passes", partial(full_passes, gpt, batch), partial(decode, batch), scale=1 / EVERY)
 
 
 if __name__ == "__main__":

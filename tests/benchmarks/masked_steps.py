@@ -32,17 +32,17 @@ def main():
 
     def judged(name, **settings):
         generator, start = torch.Generator().manual_seed(0), time.perf_counter()
-        images = torch.cat([maskgit.sample(tokenizer, prior, part.to(run.device), generator=generator, temperature=c.temperature, guidance=c.guidance,
-                                           choice_temperature=c.choice_temperature, **settings).cpu() for part in labels.split(64)])
+        images = torch.cat([maskgit.sample(tokenizer, prior, part.to(run.device), generator=generator, **maskgit.decoding(c) | settings).cpu()
+                            for part in labels.split(64)])
         seconds = time.perf_counter() - start
         found = judge_samples(maskgit.to_bytes(images), labels, *data)
         print(f"| {name} | {found['frechet']:.2f} | {found['class_agreement']:.1%} | {found['spread']:.2f} | {1000 * seconds / len(labels):.1f} |", flush=True)
     print("\n| passes | Frechet distance | class agreement | spread | ms an image |\n| --- | --- | --- | --- | --- |")
     for steps in (1, 2, 4, 8, 12, 16, 32, 64):
-        judged(steps, steps=steps, method=c.schedule)
+        judged(steps, steps=steps)
     print(f"\n| schedule, {c.sample_steps} passes | Frechet distance | class agreement | spread | ms an image |\n| --- | --- | --- | --- | --- |")
     for method in ("cosine", "linear", "square", "cubic", "sqrt", "log", "exponential"):
-        judged(method, steps=c.sample_steps, method=method)
+        judged(method, method=method)
 
 
 if __name__ == "__main__":
