@@ -166,7 +166,7 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_ema=0.98,
                       disc_start=2100, train_steps_tokenizer=2500, lr_tokenizer=1.5e-3, width=192, heads=6,
-                      train_steps_prior=5000, lr_prior=1e-3),
+                      train_steps_prior=16_000, lr_prior=1e-3),
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", image_size=256, sample_steps=8)),
     "imagenet512": Config(**RELEASE | dict(data="imagenet512", image_size=512, sample_steps=12)),
 }

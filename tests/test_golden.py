@@ -6,6 +6,7 @@ compute; a recorded output that it does not return fails, unless LEFT_OUT gives 
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from golden import check, fill, make_input  # noqa: E402
 import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
 import rqvae  # noqa: E402
+import var  # noqa: E402
 import vqgan_gpt  # noqa: E402
 import vqvae2  # noqa: E402
 
@@ -849,6 +851,131 @@ def maskgit_decode(golden, inputs):
         if match := re.fullmatch(r"topk/temp([\d.]+)_len(\d+)", name):
             number = torch.full((len(p),), int(match[2]))
             out[name] = maskgit.least_confident(p.log() + float(match[1]) * inputs["topk_noise"], number)
+    return out
+
+
+@checks("var_tokenizer")
+def var_tokenizer(golden, inputs):
+    wanted, net = golden["outputs"], var.from_official(params_of(golden), golden["config"])
+    q, f = net.quantize, net.latents(inputs["image"])
+    assert q.phi_of == golden["phi_of_scale"]
+    tokens = net.encode(inputs["image"])
+    with recorded(net, wanted) as out:
+        net.encoder(inputs["image"])
+        img = net.decode(tokens)
+    out |= {"f": f, "img": img.clamp(-1, 1), "var_input": q.inputs(tokens), **multiscale(q, f)}
+    out |= {f"recon_scale{k}": net.decode(tokens, k + 1).clamp(-1, 1) for k in range(len(q.scales))}
+    out |= {"from_idx/var_input": q.inputs(inputs["idx"]), "from_idx/img": net.decode(inputs["idx"]).clamp(-1, 1)}
+    out |= {f"from_idx/f_hat{k}": f_hat for k, f_hat in enumerate(q.sums(inputs["idx"]))}
+    for name in wanted:
+        if name.startswith("tiny/"):
+            out[name] = net.get_submodule(name[5:])(0.001 * inputs["tiny"]) * (10 if "attn" in name else 1)
+    rec, found = net(inputs["image"])
+    loss = found["codebook_loss"] + (rec * inputs["probe"]).mean()
+    out |= {"train/rec": rec, "train/vq_loss": found["codebook_loss"], "train/loss": loss}
+    official = lambda name: name.replace("quantize.phi", "quantize.quant_resi.qresi_ls")
+    net.zero_grad()
+    (1000 * loss).backward()
+    out |= {f"train/grad/{official(name)}": p.grad.clone() for name, p in net.named_parameters() if f"train/grad/{official(name)}" in wanted}
+    net.zero_grad()
+    leaf = f.detach().requires_grad_()
+    (1000 * q(leaf)[2]).backward()
+    return out | {"train/grad_vq_only/f": leaf.grad, "train/grad_vq_only/quantize.embedding.weight": q.embedding.weight.grad}
+
+
+def multiscale(q, f):
+    """Per scale: rest, z, smallest distance, index, enlarged codes, phi of them, running sum; what is left at the end."""
+    out, f_hat, side = {}, 0, q.scales[-1]
+    for k, (z, tokens, h) in enumerate(q.steps(f)):
+        p, rest = q.scales[k], f - f_hat
+        f_hat = f_hat + h
+        codes = q.lookup(tokens)
+        out |= {f"scale{k}/rest": rest, f"scale{k}/z": z.view(len(f), p, p, -1).permute(0, 3, 1, 2), f"scale{k}/idx": tokens,
+                f"scale{k}/dist_min": (z - q.embedding(tokens).flatten(0, 1)).square().sum(1).view(len(f), -1), f"scale{k}/phi": h,
+                f"scale{k}/f_hat": f_hat, f"scale{k}/up": F.interpolate(codes, (side, side), mode="bicubic")}
+        torch.testing.assert_close(z.view(len(f), p, p, -1).permute(0, 3, 1, 2), q.shrink(rest, k))
+    return out | {"rest_final": f - f_hat}
+
+
+@checks("var_quantizer10")
+def var_quantizer10(golden, inputs):
+    c = golden["config"]
+    q = var.MultiScaleQuantizer(c["v_patch_nums"], c["vocab_size"], c["z_channels"], c["beta"])
+    assert q.phi_of == golden["phi_of_scale"]
+    q.load_state_dict({name.removeprefix("quantize.").replace("quant_resi.qresi_ls", "phi"): p for name, p in params_of(golden).items()})
+    f_hat, tokens, loss = q(inputs["f10"])
+    assert torch.equal(tokens, q.indices(inputs["f10"]))
+    return {**multiscale(q, inputs["f10"]), "var_input": q.inputs(tokens), "from_idx/var_input": q.inputs(inputs["idx10"]),
+            "from_idx/f_hat": q.sums(inputs["idx10"])[-1], "train/vq_loss": loss, "train/f_hat": f_hat}
+
+
+@checks("var_transformer_shared")
+@checks("var_transformer")
+def var_transformer(golden, inputs):
+    wanted, c = golden["outputs"], golden["config"]
+    net = var.from_official(params_of(golden), c["var"])
+    tokenizer = var.from_official(params_of(golden, "params_vae"), c["vae"])
+    q, label, K = tokenizer.quantize, inputs["label"], len(net.config.scales)
+    x, cond = inputs["x_BLCv_wo_first_l"], net.class_emb(label)
+    given = []
+    hook = net.blocks[0].attn.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with recorded(net, wanted) as out:
+        logits = net(None, label, x)
+    hook.remove()
+    out |= {"attn_visible": (net.level[:, None] >= net.level).float(), "input_tokens": net.embed(cond, x), "blocks.0.attn_in": given[0],
+            "logits": logits, "logits_uncond": net(None, None, x)}
+    if net.config.shared_adaln:
+        out["cond_gss"] = net.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
+    # a loss takes tokens; here the inputs are given and belong to no tokens
+    net.inputs_of = lambda tokens: x
+    smoothed = var.dataclasses.replace(net.config, label_smoothing=0.1)
+    out["loss_ls0"] = net.loss(inputs["target"], label)[0]
+    out |= grads(net, out["loss_ls0"], "grad/", wanted)
+    net.config, plain = smoothed, net.config
+    out["loss_ls0.1"], net.config = net.loss(inputs["target"], label)[0], plain
+    scales = [block.attn.scale_mul_1H11.data.clone() for block in net.blocks]
+    for block in net.blocks:
+        block.attn.scale_mul_1H11.data.fill_(6.0)
+    out["logits_scale_mul_6"] = net(None, label, x)
+    for block, scale in zip(net.blocks, scales):
+        block.attn.scale_mul_1H11.data = scale
+    tiny = 0.001 * inputs["tiny"]
+    six = net.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if net.config.shared_adaln else cond
+    out |= {"tiny/block0": net.blocks[0](tiny, six), "tiny/logits": net.head(net.head_nm(tiny, cond))}
+    steps = range(0, 2000, 37)
+    rates, decays = zip(*(var.lr_and_decay(step, 2000, 40, 0.01, 0.05, 0.08) for step in steps))
+    out |= {"schedule/lr": 1e4 * 3.2e-4 * torch.tensor(rates), "schedule/wd": torch.tensor(decays)}
+    for name in wanted:
+        if match := re.fullmatch(r"sampler/probs_k(\d+)_p([\d.]+)", name):
+            out[name] = var.filter_logits(2 * inputs["sampler_logits"], int(match[1]), float(match[2]) or 1.0).softmax(-1)
+    sampled = functools.partial(var.sample, tokenizer, net, guidance=1 + c["cfg"])
+    image = lambda x: (x + 1) / 2
+    # forced: all tokens are known; the raw logits are those of one pass over these tokens
+    forced = {"forced/img": image(sampled(label, known=inputs["idx"], trace=(trace := [])))}
+    net.inputs_of = q.inputs
+    both = q.split(torch.cat([net(inputs["idx"], label), net(inputs["idx"], None)]))
+    for k, step in enumerate(trace):
+        forced |= {f"forced/stage{k}/logits": both[k], f"forced/stage{k}/cfg_logits": step["logits"], f"forced/stage{k}/f_hat": step["f_hat"]}
+        if k + 1 < K:
+            forced[f"forced/stage{k}/next"] = q.shrink(step["f_hat"], k + 1)
+    out |= forced
+    runs = {"greedy": dict(labels=label, top_k=1)}
+    if "smooth/img" in wanted:
+        runs["smooth"] = dict(labels=label, top_k=20, top_p=0.9, smooth=True)
+        S = net.config.image_size
+        keep = var.kept_tokens((S // 4, S // 4, S // 2, S // 2), net.config.scales, S)
+        runs["edit"] = dict(labels=torch.full_like(label, net.config.num_classes), top_k=1, known=inputs["idx"].masked_fill(~keep, -1))
+    for name, more in runs.items():
+        noise = iter([inputs.get(f"gumbel{k}") for k in range(K)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(var, "gumbel", lambda like, generator=None, noise=noise: next(noise))
+            out[f"{name}/img"] = image(sampled(**more, trace=(trace := [])))
+        for k, step in enumerate(trace):
+            out |= {f"{name}/stage{k}/cfg_logits": step["logits"], f"{name}/stage{k}/idx": step["logits"].argmax(-1),
+                    f"{name}/stage{k}/f_hat": step["f_hat"], f"{name}/stage{k}/h": step["codes"]}
+            if name == "edit":
+                side = net.config.scales[k]
+                out[f"edit/stage{k}/keep"] = q.split(keep[None])[k].view(1, side, side).expand(len(label), -1, -1).float()
     return out
 
 
