@@ -481,7 +481,7 @@ class VQVAE(nn.Module):
         """images (B, 3, S, S) -> f (B, E, S / f, S / f), before the quantizer. ValueError: not of this size."""
         S = self.quantize.scales[-1] * self.f
         if images.ndim != 4 or images.shape[1:] != (3, S, S):
-            raise ValueError(f"images must be (B, 3, {S}, {S}), not {tuple(images.shape)}: the scales fit no other")
+            raise ValueError(f"images must be (B, 3, {S}, {S}), not {tuple(images.shape)}: maps end at {S} / {self.f}")
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images):

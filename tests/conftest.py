@@ -24,6 +24,8 @@ RQVAE = dict(ch=32, groups=8, ch_mult=(1, 1), depth=3, code_dim=8, width=16, hea
              warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
 MASKGIT = dict(ch=32, ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
                train_steps_tokenizer=8, train_steps_prior=12)
+VAR = dict(ch=32, ch_mult=(1, 1), scales=(1, 2, 4), code_dim=8, depth=2, heads=2, width=16, disc_layers=1, disc_width=8, warmup=2, warmup_tokenizer=2,
+           lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -42,9 +44,13 @@ CASES = {   # name: (file, fields of its tiny Config)
     "maskgit-class": ("maskgit", dict(codebook_size=16, codebook_ema=0.0, restart=3, disc_start=4, **MASKGIT, **TINY)),
     "maskgit-start": ("maskgit", dict(codebook_size=16, num_classes=0, label_dropout=0.0, codebook_ema=0.9, restart=0, disc_start=0, gan="hinge", entropy_temperature=1.0,
                                       schedule="sqrt", **MASKGIT, **TINY)),
+    "var-class": ("var", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, **VAR, **TINY)),
+    "var-start": ("var", dict(codebook_size=16, num_classes=0, label_dropout=0.0, disc_weight=0.0, shared_adaln=True, drop_path=0.1, progressive=0.5,
+                              progressive_start=1, **VAR, **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
 MASKED = {"maskgit"}     # files whose priors see tokens on all sides and tell the masked ones; the others are causal
+SCALES = {"var"}         # files whose priors tell a whole map of tokens in one pass, from all coarser maps
 FILES = sorted({file for file, _ in CASES.values()})
 
 
@@ -72,6 +78,15 @@ class Case:
     def masked(self):
         """Does the prior tell masked tokens from all others? Else each from the earlier ones."""
         return self.module.__name__ in MASKED
+
+    @property
+    def scales(self):
+        """Does the prior tell a whole map of tokens at once, from the coarser maps?"""
+        return self.module.__name__ in SCALES
+
+    def seen_from(self, t):
+        """The first position whose logit may depend on token t, of a prior that is not masked."""
+        return sum(p * p for p in self.config.scales[:self.build()[1].level[t] + 1]) if self.scales else t + 1
 
     @property
     def V(self):

@@ -41,7 +41,7 @@ def test_logits_have_the_documented_shape(case):
 
 
 def test_logits_ignore_their_own_and_later_tokens(case):
-    """Change token t: logits up to t keep their bits, some logit after t changes. All t.
+    """Change token t: logits up to t (of maps: up to the end of its map) keep their bits, some logit behind changes. All t.
 
     Planted: mask B in the first layer; residual around the first gated layer; vertical stack that shows its own row;
     i <= o at the centre of mask A; the last view with colours first.
@@ -56,10 +56,10 @@ def test_logits_ignore_their_own_and_later_tokens(case):
         for t in range(tokens.shape[1]):
             changed = tokens.clone()
             changed[:, t] = (changed[:, t] + 1) % case.V
-            after = prior(changed, labels)
-            assert torch.equal(after[:, :t + 1], before[:, :t + 1]), f"a logit at or before {t} sees token {t}"
-            if t + 1 < tokens.shape[1]:
-                assert not torch.equal(after[:, t + 1:], before[:, t + 1:]), f"no later logit sees token {t}"
+            after, n = prior(changed, labels), case.seen_from(t)
+            assert torch.equal(after[:, :n], before[:, :n]), f"a logit before {n} sees token {t}"
+            if n < tokens.shape[1]:
+                assert not torch.equal(after[:, n:], before[:, n:]), f"no later logit sees token {t}"
 
 
 def test_logits_ignore_masked_tokens(case):
@@ -122,8 +122,8 @@ def test_sampler_sees_what_training_sees(case):
             assert torch.equal(step["logits"], prior(given, labels))
             given = step["tokens"].masked_fill(step["masked"], -1)
         return
-    full = prior(trace[-1]["tokens"], labels)
-    stepwise = torch.stack([step["logits"] for step in trace], 1)
+    join = (lambda name: torch.cat([step[name] for step in trace], 1)) if case.scales else lambda name: torch.stack([step[name] for step in trace], 1)
+    full, stepwise = prior(join("tokens") if case.scales else trace[-1]["tokens"], labels), join("logits")
     torch.testing.assert_close(stepwise, full, rtol=1e-9, atol=1e-9)
 
 
@@ -138,6 +138,9 @@ def test_low_temperature_draws_the_most_likely_token(case):
             drawn = step["fixed"] | step["masked"]
             assert torch.equal(step["tokens"][drawn], step["logits"].argmax(-1)[drawn])
         return
+    if case.scales:
+        assert len(trace) == len(case.config.scales) and all(torch.equal(step["logits"].argmax(-1), step["tokens"]) for step in trace)
+        return
     best = torch.stack([step["logits"].argmax(-1) for step in trace], 1)
     assert torch.equal(best, trace[-1]["tokens"].flatten(1))
 
@@ -148,11 +151,14 @@ def test_sampling_keeps_known_tokens(case, more):
     tokenizer, prior = case.build()
     tokens = tokenizer.encode(case.images()[0]).flatten(1)
     trace, n = [], tokens.shape[1] // 2 + more
-    if case.masked:
+    if case.masked or case.scales:
         known = tokens.clone()
         known[:, n:] = -1
         case.module.sample(tokenizer, prior, case.condition(torch.zeros(2, dtype=torch.long)), known=known,
                            generator=torch.Generator().manual_seed(0), trace=trace)
+        if case.scales:
+            assert torch.equal(torch.cat([step["tokens"] for step in trace], 1)[:, :n], tokens[:, :n])
+            return
         assert all(torch.equal(step["tokens"][:, :n], tokens[:, :n]) and not step["masked"][:, :n].any() for step in trace)
         return
     case.module.sample(tokenizer, prior, case.condition(torch.zeros(2, dtype=torch.long)), known=tokens[:, :n],
@@ -169,7 +175,7 @@ def test_one_batch_is_learned_by_heart(case):
         tokens = torch.randint(case.V, tokens.shape, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
     losses = []
-    for _ in range(300 if case.masked else 150):
+    for _ in range(300 if case.masked or case.scales else 150):
         loss, metrics = prior.loss(tokens, labels)
         optimizer.zero_grad()
         loss.backward()
