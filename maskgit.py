@@ -42,7 +42,8 @@ Departs    No training code was released: written from its configs and losses an
            of them, without classes, are not released. The perceptual loss takes torchvision's ResNet-50, with its
            normalisation. Attention dropout is drawn for every head and image, not once for all. Guidance by dropped
            labels, running means as codes and the restart of unused ones are not the release's (off in the paper's
-           presets). Pictures are not augmented.
+           presets). Pictures are not augmented. One r is drawn for each picture of a batch. On CUDA convolutions run in
+           TF32 unless torch.backends.cudnn.allow_tf32 is set to False, which may turn a few codes.
 """
 import argparse
 import contextlib
@@ -469,7 +470,7 @@ class BidirectionalTransformer(nn.Module):
 
     def embed(self, sequence):
         """sequence (B, L) of rows of the table (-1: [MASK]) -> (B, L, M), normalised."""
-        x = self.word_embeddings(sequence % self.word_embeddings.num_embeddings)
+        x = self.word_embeddings(torch.where(sequence < 0, self.word_embeddings.num_embeddings - 1, sequence))
         return self.embeddings_ln(x + self.position_embeddings.weight[:sequence.shape[1]])
 
     def features(self, sequence):
@@ -706,11 +707,12 @@ def parallel_decode(prior, tokens, labels=None, *, steps=12, start=0, method="co
         raise UserError(f"temperature {temperature}: above 0")
     if labels is not None and c.num_classes and not ((0 <= labels) & (labels < c.class_rows)).all():
         raise UserError(f"labels {labels.tolist()}: this model knows 0 to {c.class_rows - 1}")
+    guided = guidance != 1 and labels is not None and bool((labels != c.num_classes).any())     # else both are equal
     mask = tokens < 0
     total = mask.sum(1).cpu()                                                   # of each image: holes differ in size
     for step in range(start, steps):
         logits = prior(tokens, labels)
-        if guidance != 1:
+        if guided:
             null = prior(tokens)
             logits = null + guidance * (logits - null)
         logits = logits / temperature
@@ -776,17 +778,20 @@ def encode_square(tokenizer, prior, images):
 
 
 @torch.no_grad()
-def inpaint(tokenizer, prior, images, where, labels=None, *, start=2, composite=True, **decoding):
+def inpaint(tokenizer, prior, images, where, labels=None, *, steps=12, start=None, composite=True, **decoding):
     """Draw the tokens `where` (B, h, w) of images (B, 3, S, S) anew, as labels (B,); the other tokens are kept.
 
     With where = box_tokens(...) and another class this is the paper's class-conditional editing, with mask_tokens(...)
     inpainting. Tokens cannot bring back exact pixels: composite takes those outside of `where` (enlarged, blurred at
-    the edge by S // 16 - 1 pixels) from the images. start: see parallel_decode.   Source: maskgit/inference.py.
+    the edge by S // 16 - 1 pixels) from the images. start: see parallel_decode; by default a sixth of the steps, 2 of
+    the release's 12.   Source: maskgit/inference.py.
     """
     (H, W), tokens = images.shape[2:], encode_square(tokenizer, prior, images)
+    start = steps // 6 if start is None else start
     where = where.to(tokens.device).expand(tokens.shape)
     known = tokens.masked_fill(where, -1).flatten(1)
-    drawn = tokenizer.decode(parallel_decode(prior, known, labels, start=start, **decoding).view(tokens.shape))
+    drawn = parallel_decode(prior, known, labels, steps=steps, start=start, **decoding)
+    drawn = tokenizer.decode(drawn.view(tokens.shape))
     if not composite:
         return drawn.clamp(-1, 1)
     shown = [Image.fromarray(m.cpu().numpy().astype(np.uint8) * 255).resize((W, H)).filter(
@@ -1095,7 +1100,8 @@ def from_official(source, config=None):
                 model = BidirectionalTransformer(Config(**RELEASE | dict(
                     image_size=16 * math.isqrt(size("position_embeddings.weight") - 1), width=width, codebook_size=V,
                     num_classes=size("word_embeddings.weight") - V - 1, heads=query.shape[1],
-                    layers=count(r"layers\.(\d+)"), mlp_ratio=size("layers.0.layer_output.weight", 1) // width)))
+                    layers=count(r"layers\.(\d+)"), mlp_ratio=size("layers.0.layer_output.weight", 1) // width,
+                    sample_steps=8 if size("position_embeddings.weight") == 257 else 12)))      # 256, 512 pixels
             else:
                 levels, ch = count(r"encoder\.down\.(\d+)"), size("encoder.conv_in.weight")
                 model = VQVAE(Config(**RELEASE | dict(
@@ -1667,7 +1673,9 @@ def load(args):
         if not args.run:
             raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
         return load_run(args.run)
-    if args.run and "photos" in args:                                           # a photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, BidirectionalTransformer) or len(args.official) > 2:
@@ -1728,8 +1736,8 @@ def in_parts(args, run, draw, *tensors):
     settings = decoding(config)
     if args.guidance is not None:                                               # even where there are no classes
         settings["guidance"] = args.guidance
-    if "start" in args:                                                         # release: 2 of 12 steps are left out
-        settings["start"] = config.sample_steps // 6 if args.start is None else args.start
+    if "start" in args:
+        settings["start"] = args.start
     generator = torch.Generator(run.device).manual_seed(args.seed)
     many = max(1, min(64, 2 ** 20 // config.image_size ** 2))                   # attention and decoder take memory
     return torch.cat([draw(*(t.to(run.device) for t in part), generator=generator, **settings).cpu()
@@ -1784,7 +1792,7 @@ def inpaint_command(args, run, tokenizer, prior):
     (images, labels), side = read_photos(args, run), run.config.image_size
     with explain(f"{args.mask} cannot be read as an image", "give a PNG, white where to draw anew"):
         mask = ImageOps.exif_transpose(Image.open(args.mask)).convert("L").point(lambda value: 255 * (value >= 128))
-        size, whole = mask.size, mask.getextrema()[0] == 255
+        size, (darkest, brightest) = mask.size, mask.getextrema()
         mask = np.asarray(ImageOps.fit(mask, (side, side), Image.Resampling.BOX)) > 0       # however thin a line was
     upright = lambda photo: ImageOps.exif_transpose(Image.open(photo)).size
     shown = [(photo, upright(photo)) for photo in args.photos] or [("the images", (side, side))]
@@ -1792,9 +1800,11 @@ def inpaint_command(args, run, tokenizer, prior):
         if size != wanted:
             raise UserError(f"{args.mask} has {size[0]} x {size[1]} pixels, {photo} {wanted[0]} x {wanted[1]}: a mask "
                             f"must be as large as the picture")
-    if not mask.any():
+    if brightest == 0:
         raise UserError(f"{args.mask} is empty: it must be white where to draw anew")
-    if whole:
+    if not mask.any():
+        raise UserError(f"{args.mask}: its white lies outside of the square that the model sees, or is too small")
+    if darkest == 255:
         raise UserError(f"{args.mask} is white everywhere: nothing would be known; draw whole pictures with sample")
     where = mask_tokens(torch.from_numpy(mask)[None], tokenizer.f)[0]
     edit(args, run, tokenizer, prior, images, labels_of(args, run, images, labels), where, "inpainted.png")
@@ -1802,7 +1812,11 @@ def inpaint_command(args, run, tokenizer, prior):
 
 def replace_command(args, run, tokenizer, prior):
     """Draws a box of each image anew, as another class."""
-    where = box_tokens(args.box, tokenizer.f, run.config.side)
+    (top, left, height, width), f = args.box, tokenizer.f
+    box_tokens(args.box, f, run.config.side)                                    # does it lie in the picture?
+    grow = lambda a, n: (a // f * f, -(-(a + n) // f) * f - a // f * f)         # to whole tokens: see its QUIRK
+    (top, height), (left, width) = grow(top, height), grow(left, width)
+    where = box_tokens((top, left, height, width), f, run.config.side)
     images, labels = read_photos(args, run)
     edit(args, run, tokenizer, prior, images, labels_of(args, run, images, labels), where, "replaced.png")
 

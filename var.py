@@ -9,10 +9,10 @@
     Release: FoundationVision/VAR (no training of the tokenizer); this file computes what it computes, loads its weights
     and trains both stages
 
-The idea. A GPT needs an order, and pixels or patches have none: raster order tells neighbours below nothing of each
-other. Scales have one. The tokenizer writes an image as K maps of codes of growing side, 1 x 1 to h x w, where each map
-holds what the upsampled sum of the coarser ones left unexplained. The transformer predicts map k from the maps before
-it, all of its codes in one pass: K passes in place of h w, causal across scales, in both directions within a scale.
+The idea. A GPT needs an order, and pixels or patches have none: in raster order a code is drawn blind to all that is
+below it. Scales have one. The tokenizer writes an image as K maps of codes of growing side, 1 x 1 to h x w, where each
+map holds what the upsampled sum of the coarser ones left unexplained. The transformer predicts map k from the maps
+before it, all of its codes in one pass: K passes in place of h w, causal across scales, in both directions within one.
 
     images (B,3,H,W) -> Encoder -> f (B,E,h,w) -> tokens (B,L): for k in 0..K-1
         rest = f - f_hat -> shrunk to p_k x p_k -> nearest of V codes -> enlarged -> phi -> added to f_hat (B,E,h,w)
@@ -21,7 +21,7 @@ it, all of its codes in one pass: K passes in place of h w, causal across scales
     sampling:  class -> map 0 -> f_hat -> shrunk -> map 1 -> ... -> map K-1 -> f_hat -> Decoder
 
 Glossary
-    f, f_hat   the encoder's output, and the sum of what codes say of it; in sizes f is the downsampling factor
+    f, f_hat   the encoder's output, and the sum of what codes say of it; config.f: the downsampling factor
     p_k, K     side of scale k's map (release: patch_nums); number of scales
     V, E       codebook entries, one table for all scales; width of a code (release: Cvae)
     L          tokens of an image, sum of p_k^2, coarse maps first, each row by row
@@ -42,7 +42,8 @@ Departs    The tokenizer's training was not released: the paper says "as VQGAN" 
            built here, with VQGAN's patch discriminator (its authors' later trainer has one on DINO's features). Codes
            as running means and the restart of unused ones are ours (off in the paper's presets). Labels are dropped in
            training alone, the release drops them in evaluation too. float32, or bfloat16 on CUDA, without loss scaling.
-           Pictures are not augmented (release: random crops).
+           Pictures are not augmented (release: random crops). Under autocast the embeddings are in bfloat16 too; each
+           process draws its own drop path.
 """
 import argparse
 import contextlib
@@ -121,7 +122,7 @@ class Config:
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
     train_steps_tokenizer: int = 800  # steps of the tokenizer
-    train_steps_prior: int = 3000   # steps of the transformer
+    train_steps_prior: int = 2800   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator
     lr_prior: float = 2e-3          # learning rate of the transformer
     lr_end: float = 0.01            # the transformer's last learning rate in units of lr_prior
@@ -131,7 +132,7 @@ class Config:
     warmup: int = 60                # steps of warm-up of the transformer, from 0.005 of its learning rate
     clip: float = 2.0               # gradients of the transformer are scaled down to this norm (0: never)
     progressive: float = 0.0        # share of the steps in which the scales are added one by one (0: all at once)
-    progressive_start: int = 4      # last scale that is trained during the warm-up, if progressive
+    progressive_start: int = 4      # the finest scale, from 0, that is trained during the warm-up, if progressive
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
@@ -156,8 +157,7 @@ class Config:
 
 
 # The release: one tokenizer; transformers of depth d with d heads and 64 d channels. Tokenizer's training: see Departs
-SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-          1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
+SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=32,
                codebook_size=4096, codebook_weight=1.0, codebook_ema=0.0, restart=0, lpips="download", disc_layers=3,
                disc_width=64, batch_size=768, train_steps_tokenizer=400_000, disc_start=80_000, lr_tokenizer=3e-4,
@@ -167,7 +167,7 @@ RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num
 
 def released(depth, size, epochs, batch, lr, gate_init, lr_end, **more):
     """A transformer of the release's table; an epoch is ImageNet's 1,281,167 images."""
-    steps = epochs * (1_281_167 // batch)
+    steps = epochs * -(-1_281_167 // batch)
     return Config(**RELEASE | dict(data=f"imagenet{size}", image_size=size, scales=SCALES[size], depth=depth,
                   width=64 * depth, heads=depth, drop_path=depth / 240, gate_init=gate_init, lr_end=lr_end,
                   batch_size_prior=batch, lr_prior=lr * batch / 256, train_steps_prior=steps,
@@ -337,14 +337,14 @@ def nearest(z, codebook, limit=2 ** 22):
     return torch.cat([torch.addmm(square, part, codebook.T, alpha=-2).argmin(1) for part in z.split(rows)])
 
 
-def phi_of_scale(K, phis=4):
-    """Which phi each of K scales uses: the nearest on [0, 1].   Source: models/quant.py PhiPartiallyShared.
+def phi_of_scale(K):
+    """Which of four phis each of K scales uses: the nearest on [0, 1].   Source: models/quant.py PhiPartiallyShared.
 
     QUIRK: of ten scales two lie exactly between two phis, and rounding decides; so the release's table stands here.
     """
     if K == 10:
         return [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    ticks = np.linspace(1 / 3 / phis, 1 - 1 / 3 / phis, phis)
+    ticks = np.linspace(1 / 12, 11 / 12, 4)
     return [int(np.argmin(np.abs(ticks - k / (K - 1)))) for k in range(K)]
 
 
@@ -393,7 +393,7 @@ class MultiScaleQuantizer(nn.Module):
         return self.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
 
     def steps(self, f):
-        """For each scale: z (n, E), the rests that were quantized; tokens (B, p_k^2); what they add (B, E, h, w)."""
+        """For each scale: z (B p_k^2, E), the rest, shrunk; its tokens (B, p_k^2); what they add (B, E, h, w)."""
         rest, codebook = f.detach(), self.embedding.weight.detach()
         for k in range(len(self.scales)):
             z = self.shrink(rest, k).permute(0, 2, 3, 1).flatten(0, 2)
@@ -404,7 +404,7 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def indices(self, f):
-        """f (B, E, h, w) -> tokens (B, L) int64.  In float32: one code that ties changes all finer scales."""
+        """f (B, E, h, w) -> tokens (B, L) int64.  In float32: one code that flips changes all finer scales."""
         with torch.autocast(f.device.type, enabled=False):
             return torch.cat([tokens for _, tokens, _ in self.steps(f.to(self.embedding.weight.dtype))], 1)
 
@@ -414,8 +414,9 @@ class MultiScaleQuantizer(nn.Module):
             added = [self.enlarge(self.lookup(part), k) for k, part in enumerate(self.split(tokens))]
             return list(torch.stack(added).cumsum(0))
 
+    @torch.no_grad()
     def inputs(self, tokens):
-        """tokens (B, L) -> what the transformer reads to tell scales 1 to K-1: (B, L - p_0^2, E), f_hat shrunk."""
+        """tokens (B, L) -> the transformer's inputs at scales 1 to K-1 (B, L - p_0^2, E): f_hat, shrunk."""
         return torch.cat([self.shrink(f_hat, k + 1).flatten(2) for k, f_hat in enumerate(self.sums(tokens)[:-1])],
                          2).transpose(1, 2)
 
@@ -545,7 +546,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask=None, cache=None):
         """x (B, L, M) -> (B, L, M).  mask (L, L), True: sees.  cache: keys and values of earlier scales, all seen."""
         B, L, M = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])     # a key's would change nothing
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])     # the key has none
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scale = 0.25 / math.sqrt(M // self.heads)
         if self.l2_norm:
@@ -553,7 +554,7 @@ class SelfAttention(nn.Module):
             q = q * self.scale_mul_1H11.clamp(max=math.log(100)).exp()
         if cache is not None:
             k, v = cache(k, v)
-        y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), mask, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v.to(q), mask, scale=scale)      # autocast: v is bfloat16
         return self.proj(y.transpose(1, 2).reshape(B, L, M))
 
 
@@ -610,7 +611,7 @@ class AdaLNBeforeHead(nn.Module):
 
 def levels(scales):
     """The scale of each token -> (L,) int64."""
-    return torch.tensor([k for k, p in enumerate(scales) for _ in range(p * p)])
+    return torch.tensor([k for k, p in enumerate(scales) for _ in range(p * p)], device="cpu")       # never on meta
 
 
 class VAR(nn.Module):
@@ -667,8 +668,8 @@ class VAR(nn.Module):
         six = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if self.config.shared_adaln else cond
         for i, block in enumerate(self.blocks):
             x = block(x, six, mask, cache[i] if cache else None)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.head_nm(x.to(self.head.weight.dtype), cond.to(self.head.weight.dtype)))
+        logits = self.head(self.head_nm(x.to(cond.dtype), cond))
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def condition(self, labels, batch):
         """labels (B,) int64 (num_classes: no class), None: no class -> vectors (B, M)."""
@@ -676,15 +677,18 @@ class VAR(nn.Module):
             labels = torch.full((batch,), self.config.num_classes, device=self.level.device)
         return self.class_emb(labels)
 
+    def inputs_from(self, tokens):
+        """tokens (B, L) -> (B, L - p_0^2, E). UserError: no tokenizer is bound."""
+        if self.inputs_of is None:
+            raise UserError("the transformer has no tokenizer: bind(prior, tokenizer) first")
+        return self.inputs_of(tokens)
+
     def forward(self, tokens, labels=None, inputs=None):
         """tokens (B, L) int64, or inputs (B, n, E) for its first p_0^2 + n tokens -> logits (B, p_0^2 + n, V), float32.
 
-        Those of map k depend on the class and on the maps before k alone. Source: eq. 4.
+        Those of map k depend on the class and on the maps before k alone.
         """
-        if inputs is None:
-            if self.inputs_of is None:
-                raise UserError("the transformer has no tokenizer: bind(prior, tokenizer) first")
-            inputs = self.inputs_of(tokens)
+        inputs = self.inputs_from(tokens) if inputs is None else inputs
         cond = self.condition(labels, len(inputs))
         x = self.embed(cond, inputs)
         level = self.level[:x.shape[1]]
@@ -695,22 +699,19 @@ class VAR(nn.Module):
 
         scales, newest: progressive training: of the first so many scales alone, the last one with this weight.
         """
-        c, inputs = self.config, self.inputs_of(tokens) if self.inputs_of else None
-        level = self.level[self.level < (scales or len(c.scales))]
-        logits = self(tokens, labels, inputs if inputs is None else inputs[:, :len(level) - c.scales[0] ** 2])
-        tokens, weight = tokens[:, :len(level)], torch.ones(len(level), device=logits.device)
-        weight[level == level[-1]] = newest
-        nll = lambda **more: F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none", **more)      # (B, L)
-        loss = (nll(label_smoothing=c.label_smoothing) * weight).sum(1).mean() / len(self.level)
-        with torch.no_grad():
-            right, nats = (logits.argmax(-1) == tokens).float(), nll()
-            tail = level == level[-1]
-            return loss, {"nats": nats.mean(), "nats_tail": nats[:, tail].mean(), "accuracy": right.mean(),
-                          "accuracy_tail": right[:, tail].mean()}
-
-    def new_cache(self):
-        """One for each block."""
-        return [Cache(len(self.level)) for _ in self.blocks]
+        c, shown = self.config, self.config.scales[:scales]
+        n = sum(p * p for p in shown)
+        tail = slice(n - shown[-1] ** 2, n)                                     # the finest map that is trained
+        logits = self(tokens, labels, self.inputs_from(tokens)[:, :n - c.scales[0] ** 2])
+        tokens, weight = tokens[:, :n], torch.ones(n, device=logits.device)
+        weight[tail] = newest
+        nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        loss, right = (nll * weight).sum(1).mean() / len(self.level), (logits.argmax(-1) == tokens).float()
+        if c.label_smoothing:                                                   # a share of the mean over all codes
+            even = torch.logsumexp(logits, -1) - logits.mean(-1)
+            loss = (1 - c.label_smoothing) * loss + c.label_smoothing * (even * weight).sum(1).mean() / len(self.level)
+        return loss, {"nats": nll.mean(), "nats_tail": nll[:, tail].mean(), "accuracy": right.mean(),
+                      "accuracy_tail": right[:, tail].mean()}
 
 
 def build_prior(config):
@@ -886,15 +887,16 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
     """
     B, c, q, V = len(labels), prior.config, tokenizer.quantize, tokenizer.codebook_size
     bind(prior, tokenizer)
-    if not 0 <= top_k <= V or not 0 < top_p <= 1:
-        raise UserError(f"top_k {top_k}, top_p {top_p}: top_k must be 0 to {V}, the codebook's size, top_p in (0, 1]")
+    if not 0 <= top_k <= V or not 0 < top_p <= 1 or temperature <= 0:
+        raise UserError(f"top_k {top_k}, top_p {top_p}, temperature {temperature}: top_k must be 0 to {V}, the "
+                        f"codebook's size, top_p in (0, 1], temperature positive")
     if known is not None and (known.shape != (B, len(prior.level)) or not -1 <= known.min() <= known.max() < V):
         raise UserError(f"known must be ({B}, {len(prior.level)}) codes from 0 to {V - 1}, -1 where to draw")
-    guided = guidance != 1
-    if guided and not (c.label_dropout and c.num_classes):
+    if guidance != 1 and not (c.label_dropout and c.num_classes):
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
+    guided = guidance != 1 and bool((labels != c.num_classes).any())            # without a class both halves are equal
     cond = prior.condition(torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels, B)
-    cache, inputs, f_hat, at = prior.new_cache(), None, 0, 0
+    cache, inputs, f_hat, at = [Cache(len(prior.level)) for _ in prior.blocks], None, 0, 0
     for k, side in enumerate(c.scales):
         r = k / (len(c.scales) - 1)
         logits = prior.logits(prior.embed(cond, inputs, at), cond, cache=cache)     # (B or 2B, p^2, V)
@@ -965,9 +967,6 @@ def backward(loss, optimizer):
 
 def train_tokenizer(config, data, run):
     """Autoencoder and discriminator in turn, on the same reconstruction. Returns the VQVAE."""
-    if config.disc_weight and config.image_size >> config.disc_layers < 3 or config.lpips and config.image_size < 16:
-        raise UserError(f"images of {config.image_size} pixels are too small for disc_layers {config.disc_layers} or "
-                        f"LPIPS: take fewer layers, or --disc-weight 0")
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config).to(run.device)
     discriminator = NLayerDiscriminator(3, config.disc_width, config.disc_layers).to(run.device)
@@ -1052,14 +1051,17 @@ def parameter_groups(prior):
     return [dict(params=decay), dict(params=[p for _, p in named if id(p) not in ids], weight_decay=0.0)]
 
 
-def lr_and_decay(step, total, warmup, end=0.01, decay=0.05, decay_end=0.0, flat=0.05):
-    """Factor of the learning rate, weight decay at a step.   Source: utils/lr_control.py, lin0.
+def lr_and_decay(step, total, warmup, end=0.01, decay=0.05, decay_end=0.0, progressive=0.0):
+    """Factor of the learning rate, weight decay at a step.   Source: utils/lr_control.py, lin0 and lin<pg>.
 
-    Warm-up from 0.005, constant for the share `flat` of the rest, then a line down to `end`. The decay follows a cosine
-    from `decay` to `decay_end` (0: constant).
+    Warm-up from 0.005, constant for a twentieth of the rest, then a line down to `end`; of progressive training two
+    lines that meet at that share, the first the flatter one. The decay is a cosine to `decay_end` (0: constant).
     """
     t = (step - warmup) / max(1, total - 1 - warmup)
-    rate = 0.005 + 0.995 * step / warmup if step < warmup else min(1.0, end + (1 - end) * (1 - t) / (1 - flat))
+    meet, height = (progressive, 1 - (1 - end) * progressive / 2) if progressive else (0.05, 1.0)
+    rate = 1 - (1 - height) * t / meet if t < meet else end + (height - end) * (1 - t) / (1 - meet)
+    if step < warmup:
+        rate = 0.005 + 0.995 * step / warmup
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / max(1, total - 1))
     return rate, (decay_end or decay) + (decay - (decay_end or decay)) * cosine
 
@@ -1067,18 +1069,17 @@ def lr_and_decay(step, total, warmup, end=0.01, decay=0.05, decay_end=0.0, flat=
 def curriculum(config, step):
     """Progressive training: how many scales are trained at a step, and the weight of the newest.
 
-    During the warm-up the first progressive_start + 1; one by one all of them, at the share `progressive` of the steps;
-    a new scale's weight rises from 0.01 to 1 within a sixth of the warm-up. Source: trainer.py, train.py.
+    During the warm-up scales 0 to progressive_start; one by one all of them, at the share `progressive` of the steps. A
+    new scale's weight rises from 0.01 to 1 within a sixth of the warm-up, but the last one's, which is at 1 at once.
+    Source: trainer.py, train.py.
     """
-    c, K = config, len(config.scales)
-    if not c.progressive:
-        return K, 1.0
-    first, span = min(c.progressive_start, K - 1), max(1.0, c.progressive * c.train_steps_prior - c.warmup)
-    last = lambda n: first + round(min(1.0, max(0.0, (n - c.warmup) / span)) * (K - 1 - first))
-    now = last(step)
-    since = next((n for n in range(step) if last(step - n - 1) != now), step)   # steps with this scale
-    ramp = 1.0 if now == first else min(1.0, max(0.01, since / max(1, c.warmup / 6)))
-    return now + 1, ramp
+    c, last = config, len(config.scales) - 1
+    first, span = min(c.progressive_start, last), max(1.0, c.progressive * c.train_steps_prior - c.warmup)
+    finest = lambda n: first + round(min(1.0, max(0.0, (n - c.warmup) / span)) * (last - first))
+    if not c.progressive or finest(step) == last:
+        return last + 1, 1.0
+    age = next((n for n in range(1, step) if finest(step - n) != finest(step)), step)   # steps with this scale, from 1
+    return finest(step) + 1, 1.0 if finest(step) == first else min(1.0, max(0.01, age / max(1, c.warmup / 6)))
 
 
 def train_prior(config, data, run, tokenizer):
@@ -1114,7 +1115,7 @@ def train_prior(config, data, run, tokenizer):
         length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
         run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         rate, decay = lr_and_decay(step, config.train_steps_prior, config.warmup, config.lr_end, config.weight_decay,
-                                   config.weight_decay_end, max(0.05, config.progressive))
+                                   config.weight_decay_end, config.progressive)
         for group, each in zip(optimizer.param_groups, (decay, 0.0)):
             group["lr"], group["weight_decay"] = config.lr_prior * rate, each
         optimizer.step()
@@ -1145,17 +1146,12 @@ def read_weights(source):
 def from_official(source, config=None):
     """Released weights -> VQVAE or VAR, in eval mode.
 
-    source: path or state dict (of a training checkpoint, ar-ckpt-*.pth, the transformer). config: the constructor
-    arguments there, of which v_patch_nums or patch_nums is read; else the tokenizer gets the 256 px scales, and the
-    transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are checked for their
-    shapes and left. Every name and shape must fit: else UserError with the first five that do not.
+    source: path or state dict (of a training checkpoint, ar-ckpt-*.pth: its ["trainer"]["var_wo_ddp"]). config: the
+    constructor arguments, of which v_patch_nums or patch_nums is read; else the tokenizer gets the 256 px scales, and
+    the transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are checked for
+    their shapes and left. Every name and shape must fit: else UserError with the first five that do not.
     """
     name = "the state dict" if isinstance(source, dict) else source
-    if not isinstance(source, dict):
-        with explain(f"{source} cannot be read as a checkpoint", "give a .pth of the release"):
-            source = torch.load(source, map_location="cpu", weights_only=True)
-        if isinstance(source, dict) and isinstance(source.get("trainer"), dict):
-            source = source["trainer"].get("var_wo_ddp", source)
     state = {key.replace("quant_resi.qresi_ls", "phi"): value for key, value in read_weights(source).items()}
     size = lambda key, axis=0: state[key].shape[axis] if key in state and state[key].ndim > axis else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
@@ -1173,7 +1169,7 @@ def from_official(source, config=None):
                 scales=scales, image_size=16 * scales[-1], ch_mult=(1, 1, 2, 2, 4),
                 num_classes=size("class_emb.weight") - 1,
                 code_dim=size("word_embed.weight", 1), codebook_size=size("head.weight"), depth=depth, width=width,
-                heads=heads, mlp_ratio=size("blocks.0.ffn.fc1.weight") // width, label_dropout=0.1,
+                heads=heads, mlp_ratio=size("blocks.0.ffn.fc1.weight") // width, disc_weight=0.0,
                 l2_norm="blocks.0.attn.scale_mul_1H11" in state, shared_adaln="shared_ada_lin.1.weight" in state))
             buffers = {"lvl_1L": (1, L), "attn_bias_for_masking": (1, 1, L, L)} | {
                 f"blocks.{i}.attn.zero_k_bias": (width,) for i in range(depth)}
@@ -1184,8 +1180,9 @@ def from_official(source, config=None):
                 scales=scales, image_size=scales[-1] * 2 ** (depth - 1), num_classes=0, ch=ch, groups=32,
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(depth)],
                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), code_dim=size("quantize.embedding.weight", 1),
-                codebook_size=size("quantize.embedding.weight"), codebook_ema=0.0, restart=0, guidance=1.0))
-            buffers = {"quantize.ema_vocab_hit_SV": (len(scales), size("quantize.embedding.weight"))}
+                codebook_size=size("quantize.embedding.weight"), codebook_ema=0.0, restart=0, disc_weight=0.0))
+            buffers = {"quantize.ema_vocab_hit_SV": (  # made for other scales, perhaps
+                size("quantize.ema_vocab_hit_SV"), size("quantize.embedding.weight"))}
         else:
             raise ValueError("neither encoder.conv_in.weight nor pos_1LC is in it")
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -1194,9 +1191,8 @@ def from_official(source, config=None):
     if wrong:
         raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
-    model.load_state_dict({key: value.float() for key, value in state.items() if key in shapes}, assign=True)
-    if isinstance(model, VAR):                                                  # the one buffer that is no weight
-        model.register_buffer("level", levels(scales), persistent=False)
+    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items() if key in shapes},
+                          assign=True)
     return model.eval()
 
 
@@ -1766,26 +1762,27 @@ def load(args):
             raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
         run, tokenizer, prior = load_run(args.run)
         return run, tokenizer, bind(prior, tokenizer)
-    if args.run and "photos" in args:                                           # a photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
     run, prior = Run.__new__(Run), None                                         # no folder: pictures go to this one
-    if len(args.official) > 2:
-        raise UserError("--official needs the tokenizer, then its transformer; photos stand before it")
+    if len(args.official) > 2 or len(args.official) == 1 and args.verb != "reconstruct":
+        raise UserError("--official takes the tokenizer, then a transformer; photos stand before it")
     if len(args.official) > 1:
         prior = from_official(args.official[1])
         if not isinstance(prior, VAR):
             raise UserError(f"{args.official[1]} is a tokenizer: give the tokenizer first, then its transformer")
-    elif args.verb != "reconstruct":
-        raise UserError(f"{args.official[0]} alone: {args.verb} needs a transformer too, behind the tokenizer")
     # one tokenizer serves all transformers: its scales are theirs
     tokenizer = from_official(args.official[0], prior and {"v_patch_nums": prior.config.scales})
     if not isinstance(tokenizer, VQVAE):
         raise UserError(f"{args.official[0]} is a transformer: give the tokenizer first, then its transformer")
     run.folder, run.device = Path("."), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run.config = dataclasses.replace(prior.config, top_k=900, top_p=0.96, guidance=2.5) if prior else tokenizer.config
+    run.config = tokenizer.config
     if prior:
         bind(prior.to(run.device), tokenizer, args.official[1])
-        run.config.top_k = min(900, prior.config.codebook_size)
+        top_k = min(900, tokenizer.codebook_size)
+        run.config = dataclasses.replace(prior.config, top_k=top_k, top_p=0.96, guidance=2.5)
     run.state = {"classes": [str(i) for i in range(run.config.num_classes)]}
     return run, tokenizer.to(run.device), prior
 
@@ -1818,6 +1815,11 @@ def labels_of(args, run, images, labels):
     return torch.full((len(images),), run.config.num_classes) if labels is None else labels
 
 
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, sampling's settings by the flags or the run's) -> images, on the CPU."""
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
@@ -1826,9 +1828,8 @@ def draw_images(args, run, draw, *tensors):
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, seed=args.seed, **settings))
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    many = max(1, min(64, 2 ** 20 // run.config.image_size ** 2))               # caches and decoder take memory
     return torch.cat([draw(*(t.to(run.device) for t in part), generator=generator, **settings).cpu()
-                      for part in zip(*(t.split(many) for t in tensors))])
+                      for part in zip(*(t.split(at_once(run.config)) for t in tensors))])
 
 
 def sample_command(args, run, tokenizer, prior):
@@ -1840,10 +1841,13 @@ def sample_command(args, run, tokenizer, prior):
     show(args, run, images, "samples.png", columns, "complete")
 
 
-def edit_images(args, run, tokenizer, prior, box, inside, name, labels=None):
-    """Each row: an image, what of it the box leaves known, and what the model makes of that, --num times."""
-    (images, found), S = read_photos(args, run), run.config.image_size
-    labels = labels_of(args, run, images, found) if labels is None else labels.expand(len(images))
+def edit_images(args, run, tokenizer, prior, box, inside, name, classless=True):
+    """Each row: an image, what of it the box leaves known, and what the model makes of that, --num times.
+
+    classless: without --labels as "no class", where the model knows it, as the release does.
+    """
+    (images, labels), S = read_photos(args, run), run.config.image_size
+    labels = labels_of(args, run, images, None if classless and run.config.label_dropout else labels)
     keep, num = kept_tokens(box, run.config.scales, S, inside), args.num or 6
     drawn = draw_images(args, run, lambda images, labels, **more: edit(tokenizer, prior, images, keep, labels, **more),
                         images.repeat_interleave(num, 0), labels.repeat_interleave(num))
@@ -1856,7 +1860,7 @@ def edit_images(args, run, tokenizer, prior, box, inside, name, labels=None):
 def complete_command(args, run, tokenizer, prior):
     """The lower half of each image is hidden and drawn anew."""
     S = run.config.image_size
-    edit_images(args, run, tokenizer, prior, (S // 2, 0, S - S // 2, S), False, "completions.png")
+    edit_images(args, run, tokenizer, prior, (S // 2, 0, S - S // 2, S), False, "completions.png", classless=False)
 
 
 def inpaint_command(args, run, tokenizer, prior):
@@ -1871,6 +1875,8 @@ def outpaint_command(args, run, tokenizer, prior):
 
 def replace_command(args, run, tokenizer, prior):
     """Draws a box of each image anew, as another class."""
+    if not args.labels:
+        raise UserError("replace needs --labels: what to draw in the box")
     edit_images(args, run, tokenizer, prior, args.box, False, "replaced.png")
 
 
@@ -1891,7 +1897,8 @@ def evaluate_command(args, run, tokenizer, prior):
     (images, labels), c = data.test, run.config
     tokens, K = tokenize(tokenizer, images, run.device), len(c.scales)
     quality, nats, right = torch.zeros(K), torch.zeros(len(prior.level)), 0.0
-    for x, t, y in zip(images.split(64), tokens.split(64), labels.split(64)):
+    many = at_once(c)
+    for x, t, y in zip(images.split(many), tokens.split(many), labels.split(many)):
         t, share = t.to(run.device), len(x) / len(images)
         for k, f_hat in enumerate(tokenizer.quantize.sums(t)):
             again = tokenizer.decode_latents(f_hat).clamp(-1, 1).cpu()
@@ -1900,8 +1907,8 @@ def evaluate_command(args, run, tokenizer, prior):
         nats += F.cross_entropy(logits.transpose(1, 2), t, reduction="none").mean(0).cpu() * share
         right += float((logits.argmax(-1) == t).float().mean()) * share
     by_scale = [float(nats[prior.level.cpu() == k].mean()) for k in range(K)]
-    (share, perplexity), N, num = use(tokens, tokenizer), tokens.shape[1], len(labels[:16])
-    parts = tokenizer.quantize.split(tokens)
+    (share, perplexity), N, num = use(tokens, tokenizer), tokens.shape[1], len(labels[:min(16, many)])
+    by_map = [use(part, tokenizer) for part in tokenizer.quantize.split(tokens)]
     start = time.time()
     sample(tokenizer, prior, labels[:num].to(run.device), temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
            guidance=c.guidance if c.num_classes else 1.0, generator=torch.Generator(run.device).manual_seed(0)).cpu()
@@ -1912,8 +1919,8 @@ def evaluate_command(args, run, tokenizer, prior):
         parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         psnr=float(quality[-1]), psnr_by_scale=quality.tolist(), codebook_size=tokenizer.codebook_size,
         codebook_use=float(share), perplexity=float(perplexity),
-        codebook_use_by_scale=[float(use(part, tokenizer)[0]) for part in parts],
-        perplexity_by_scale=[float(use(part, tokenizer)[1]) for part in parts],
+        codebook_use_by_scale=[float(each[0]) for each in by_map],
+        perplexity_by_scale=[float(each[1]) for each in by_map],
         nats_per_token=float(nats.mean()), nats_per_token_by_scale=by_scale, nats_per_image=float(nats.mean()) * N,
         accuracy=right, tokens_per_image=N, unigram_nats_per_token=float(perplexity.log()), test_images=len(images),
         peak_memory_mib=peak_memory(), train_steps=sum(run.state["progress"].values()),

@@ -44,8 +44,8 @@ CASES = {   # name: (file, fields of its tiny Config)
     "maskgit-class": ("maskgit", dict(codebook_size=16, codebook_ema=0.0, restart=3, disc_start=4, **MASKGIT, **TINY)),
     "maskgit-start": ("maskgit", dict(codebook_size=16, num_classes=0, label_dropout=0.0, codebook_ema=0.9, restart=0, disc_start=0, gan="hinge", entropy_temperature=1.0,
                                       schedule="sqrt", **MASKGIT, **TINY)),
-    "var-class": ("var", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, **VAR, **TINY)),
-    "var-start": ("var", dict(codebook_size=16, num_classes=0, label_dropout=0.0, disc_weight=0.0, shared_adaln=True, drop_path=0.1, progressive=0.5,
+    "var-class": ("var", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, drop_path=0.1, **VAR, **TINY)),
+    "var-start": ("var", dict(codebook_size=16, num_classes=0, label_dropout=0.0, disc_weight=0.0, shared_adaln=True, progressive=0.5,
                               progressive_start=1, **VAR, **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class"}        # for slow tests: one variant of each file
+ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class", "var-class"}        # for slow tests: one variant of each file
 
 
 def only(case, names=ONE_OF_EACH):
@@ -197,7 +197,7 @@ def test_compile_compiles_what_training_calls(case, tmp_path, monkeypatch):
 def test_two_processes_equal_one(case, tmp_path):
     """torchrun with two gloo processes, the same global batch: equal losses to 1e-5. Planted: gradients summed, not averaged;
     every process takes the whole batch's first half."""
-    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start"})         # binary: its data step is random too; start: BatchNorm's statistics are
+    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start", "var-start"})         # binary: its data step is random too; start: BatchNorm's statistics are
     # each process's own, as in the release, so the variant without a discriminator
     process = start(case, "--nproc-per-node", 2, "--master-port", 29517, case.module.__file__, "train", *case.flags(),
                     "--out", tmp_path / "two", code="from torch.distributed.run import main; main()")

@@ -1,4 +1,4 @@
-"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2 rqvae maskgit]
+"""Memory that training each preset takes, computed, not measured:   python tests/benchmarks/memory.py [pixelcnn vqgan_gpt vqvae2 rqvae maskgit var]
 
 Weights, gradients, two moments of Adam (16 bytes a parameter; 20 where an average of the weights is kept), and all tensors that
 autograd keeps for the backward pass of one batch, in float32 (on CUDA most are bfloat16: about half). Built on torch's meta
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
 import rqvae  # noqa: E402
+import var  # noqa: E402
 import vqgan_gpt  # noqa: E402
 import vqvae2  # noqa: E402
 
@@ -100,8 +101,23 @@ def maskgit_stages(config):
     yield "prior", config.batch_size_prior, 20, [prior], lambda: prior.loss(tokens, tokens[:, 0], torch.ones_like(tokens, dtype=torch.bool))
 
 
+def var_stages(config):
+    tokenizer, discriminator = var.build_tokenizer(config), var.NLayerDiscriminator(3, config.disc_width, config.disc_layers)
+    perceptual, images = var.LPIPS() if config.lpips else None, torch.zeros(config.batch_size, 3, *[config.image_size] * 2)
+
+    def loss():                                                                 # the quantizer keeps little beside
+        f = tokenizer.latents(images)
+        again = tokenizer.decode_latents(f)
+        var.generator_loss(config, images, again, f.mean(), tokenizer.decoder.conv_out.weight, perceptual, discriminator)
+    yield "tokenizer", config.batch_size, 16, [tokenizer, discriminator, *[perceptual] * bool(perceptual)], loss
+    prior = var.build_prior(config)
+    tokens = torch.zeros(config.batch_size_prior, len(prior.level), dtype=torch.long)
+    prior.inputs_of = lambda tokens: torch.zeros(len(tokens), len(prior.level) - config.scales[0] ** 2, config.code_dim)
+    yield "prior", config.batch_size_prior, 16, [prior], lambda: prior.loss(tokens, tokens[:, 0])
+
+
 STAGES = {"pixelcnn": (pixelcnn, pixelcnn_stages), "vqgan_gpt": (vqgan_gpt, vqgan_gpt_stages), "vqvae2": (vqvae2, vqvae2_stages),
-          "rqvae": (rqvae, rqvae_stages), "maskgit": (maskgit, maskgit_stages)}
+          "rqvae": (rqvae, rqvae_stages), "maskgit": (maskgit, maskgit_stages), "var": (var, var_stages)}
 
 
 if __name__ == "__main__":
