@@ -629,7 +629,7 @@ def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (20, 12), (200, 30, 30)).save("photo.png")
     for name, size, box in (("hole", (20, 12), (4, 0, 6, 2)), ("empty", (20, 12), None), ("full", (20, 12), (0, 0, 20, 12)), ("other", (12, 20), (2, 2, 5, 5)),
-                            ("small", (8, 8), (0, 0, 2, 2)), ("middle", (20, 12), (8, 4, 12, 8)),
+                            ("small", (8, 8), (0, 0, 2, 2)), ("beside", (20, 12), (0, 0, 3, 12)), ("middle", (20, 12), (8, 4, 12, 8)),
                             ("thin", (20, 12), (4, 0, 5, 1))):
         mask = Image.new("L", size)
         if box:
@@ -639,6 +639,7 @@ def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
     inpaint = lambda mask, says, photos=("photo.png",): fails(module, "inpaint", run, *photos, "--mask", mask, says=says)
     inpaint("other.png", ["other.png has 12 x 20 pixels", "photo.png 20 x 12"])
     inpaint("empty.png", ["empty.png is empty", "white"])
+    inpaint("beside.png", ["beside.png", "outside of the square"])
     inpaint("full.png", ["full.png is white everywhere", "sample"])
     inpaint("none.png", ["none.png cannot be read"])
     inpaint("middle.png", ["one token more on every side", "whole picture"])
@@ -726,3 +727,83 @@ def test_two_processes_need_a_divisible_batch(module, monkeypatch):
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
     with pytest.raises(module.UserError, match="batch_size 3 is not divisible by 2"):
         module.shard(torch.zeros(3), device="cpu")
+
+
+# --- var.py
+
+@pytest.fixture(scope="session")
+def trained_var(tmp_path_factory):
+    from conftest import CASES
+
+    import var
+    config = var.Config(**CASES["var-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2))
+    folder, data = tmp_path_factory.mktemp("runs") / "var", var.load_data(config)
+    run = var.Run(folder, config, data.classes)
+    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
+    return var, folder
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--scales", "1", "2", "2", "6"], ["scales 1 2 2 6", "each larger than the one before"]),
+    (["--scales", "1", "3", "2", "6"], ["scales 1 3 2 6", "each larger"]),
+    (["--scales", "6"], ["scales 6", "at least two"]),
+    (["--scales", "0", "6"], ["scales 0 6"]),
+    (["--scales", "1", "2", "4"], ["scales end at 4", "24 pixels", "f = 4", "must be 6"]),
+    (["--image-size", "30"], ["30 pixels", "f = 4"]),
+    (["--heads", "3"], ["width 128", "heads, 3"]),
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--top-k", "129"], ["top_k is 129", "128"]),
+    (["--top-p", "0"], ["top_p is 0"]),
+    (["--progressive", "1"], ["progressive is 1.0", "below 1"]),
+    (["--drop-path", "-1"], ["drop_path is -1.0"]),
+    (["--disc-layers", "5"], ["24 pixels", "disc_layers 5"]),
+    (["--lpips", "no/such"], ["no/such", "is no file"]),
+    (["--lpips", "download", "--data-dir", "nowhere"], ["cannot download"]),
+    (["--codebook-size", "70000"], ["70000", "65536"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_var_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import var
+    monkeypatch.chdir(tmp_path)
+    for name in ("vgg16", "lpips"):
+        monkeypatch.setitem(var.DOWNLOADS, name, ("http://127.0.0.1:9/", var.DOWNLOADS[name][1]))
+    fails(var, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["sample", "--labels", "nine"], ["nine", "circle"]),
+    (["sample", "--guidance", "nan"], ["guidance is nan"]),
+    (["sample", "--temperature", "0"], ["temperature is 0"]),
+    (["sample", "--top-k", "17"], ["top_k is 17", "16"]),
+    (["inpaint"], ["--box"]),
+    (["inpaint", "--box", "4", "4", "8", "2"], ["box 4 4 8 2", "8 x 8"]),
+    (["outpaint", "--box", "0", "0", "8", "8"], ["nothing to draw"]),
+    (["replace", "--box", "0", "0", "4", "4"], ["--labels"]),
+    (["complete", "no.png"], ["no.png"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_var_verbs(fails, trained_var, words, says):
+    module, run = trained_var
+    fails(module, words[0], run, *words[1:], says=says)
+
+
+def test_var_official_files(fails, trained_var, tmp_path, monkeypatch):
+    """Missing, damaged, another paper's, in the wrong order, alone, of other scales. Planted: no comparison of the scales."""
+    from conftest import CASES
+    module, run = trained_var
+    monkeypatch.chdir(tmp_path)
+    config = module.Config(**CASES["var-class"][1] | dict(ch=32, groups=32, restart=0))
+    (tmp_path / "noise.pth").write_bytes(b"noise" * 99)
+    torch.save(module.build_tokenizer(config).state_dict(), "vae.pth")
+    torch.save(module.build_prior(config).state_dict(), "var.pth")
+    torch.save({"a": torch.zeros(3)}, "other.pth")
+    fails(module, "sample", "--official", "none.pth", "var.pth", says=["var.pth", "21 tokens in 3 scales", "patch_nums"])
+    monkeypatch.setitem(module.SCALES, 256, (1, 2, 4))
+    fails(module, "sample", "--official", "none.pth", "var.pth", says=["none.pth cannot be read"])
+    fails(module, "sample", "--official", "noise.pth", "var.pth", says=["noise.pth cannot be read"])
+    fails(module, "sample", "--official", "other.pth", "var.pth", says=["other.pth is no model of this paper"])
+    fails(module, "sample", "--official", "vae.pth", says=["--official takes the tokenizer, then a transformer"])
+    fails(module, "sample", "--official", "var.pth", "vae.pth", says=["vae.pth is a tokenizer", "first"])
+    fails(module, "sample", run, "--official", "vae.pth", "var.pth", says=["one of them"])
+    fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
+    torch.save(module.build_tokenizer(module.Config(**CASES["var-class"][1] | dict(ch=32, groups=32, restart=0, codebook_size=8))).state_dict(), "few.pth")
+    fails(module, "sample", "--official", "few.pth", "var.pth", says=["var.pth reads maps", "(1, 2, 4), 16, 8"])
