@@ -591,22 +591,25 @@ class AdaLNBlock(nn.Module):
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * kept / (1 - self.drop_path)
 
-    def forward(self, x, cond, mask=None, cache=None):
-        """x (B, L, M), cond (B, M), or of the shared AdaLN (B, 1, 6, M) -> (B, L, M)."""
-        six = cond + self.ada_gss if hasattr(self, "ada_gss") else self.ada_lin(cond).view(-1, 1, 6, self.width)
+    def modulation(self, cond):
+        """cond (B, M), or of the shared AdaLN (B, 1, 6, M) -> gates, scales, shifts (B, 1, 6, M)."""
+        return cond + self.ada_gss if hasattr(self, "ada_gss") else self.ada_lin(cond).view(-1, 1, 6, self.width)
+
+    def forward(self, x, six, mask=None, cache=None):
+        """x (B, L, M), six (B, 1, 6, M) -> (B, L, M)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)          # not DiT's order
         x = x + self.drop(gamma1 * self.attn(modulated(x, scale1, shift1), mask, cache))
         return x + self.drop(gamma2 * self.ffn(modulated(x, scale2, shift2)))
 
 
 class AdaLNBeforeHead(nn.Module):
-    """The last norm, with scale and shift by the class.  x (B, L, M), cond (B, M) -> (B, L, M)."""
+    """The last norm, with scale and shift by the class.  x (B, L, M), two = ada_lin(cond) (B, 2 M) -> (B, L, M)."""
     def __init__(self, width):
         super().__init__()
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, cond):
-        return modulated(x, *self.ada_lin(cond)[:, None].chunk(2, -1))
+    def forward(self, x, two):
+        return modulated(x, *two[:, None].chunk(2, -1))
 
 
 def levels(scales):
@@ -663,12 +666,17 @@ class VAR(nn.Module):
         where = slice(begin, begin + x.shape[1])
         return x + self.lvl_embed(self.level[where]) + self.pos_1LC[:, where]
 
-    def logits(self, x, cond, mask=None, cache=None):
+    def modulation(self, cond):
+        """cond (B, M) -> what all AdaLNs make of it. A third of the weights is in them: sampling does this once."""
+        shared = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if self.config.shared_adaln else cond
+        return [block.modulation(shared) for block in self.blocks], self.head_nm.ada_lin(cond)
+
+    def logits(self, x, modulation, mask=None, cache=None):
         """x (B, n, M) -> logits (B, n, V), float32: at a token's own place, for x is made of coarser maps alone."""
-        six = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if self.config.shared_adaln else cond
-        for i, block in enumerate(self.blocks):
+        sixes, two = modulation
+        for i, (block, six) in enumerate(zip(self.blocks, sixes)):
             x = block(x, six, mask, cache[i] if cache else None)
-        logits = self.head(self.head_nm(x.to(cond.dtype), cond))
+        logits = self.head(self.head_nm(x.to(self.pos_1LC.dtype), two))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def condition(self, labels, batch):
@@ -692,7 +700,7 @@ class VAR(nn.Module):
         cond = self.condition(labels, len(inputs))
         x = self.embed(cond, inputs)
         level = self.level[:x.shape[1]]
-        return self.logits(x, cond, level[:, None] >= level)                    # block-causal
+        return self.logits(x, self.modulation(cond), level[:, None] >= level)   # block-causal
 
     def loss(self, tokens, labels=None, scales=None, newest=1.0):
         """-> cross-entropy in nats, each token with the weight 1 / L; metrics nats, accuracy, and of the last scale.
@@ -896,10 +904,11 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
     guided = guidance != 1 and bool((labels != c.num_classes).any())            # without a class both halves are equal
     cond = prior.condition(torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels, B)
+    modulation = prior.modulation(cond)
     cache, inputs, f_hat, at = [Cache(len(prior.level)) for _ in prior.blocks], None, 0, 0
     for k, side in enumerate(c.scales):
         r = k / (len(c.scales) - 1)
-        logits = prior.logits(prior.embed(cond, inputs, at), cond, cache=cache)     # (B or 2B, p^2, V)
+        logits = prior.logits(prior.embed(cond, inputs, at), modulation, cache=cache)   # (B or 2B, p^2, V)
         if guided:
             logits, null = logits.chunk(2)
             logits = logits + (guidance - 1) * r * (logits - null)

@@ -940,8 +940,8 @@ def var_transformer(golden, inputs):
     for block, scale in zip(net.blocks, scales):
         block.attn.scale_mul_1H11.data = scale
     tiny = 0.001 * inputs["tiny"]
-    six = net.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if net.config.shared_adaln else cond
-    out |= {"tiny/block0": net.blocks[0](tiny, six), "tiny/logits": net.head(net.head_nm(tiny, cond))}
+    sixes, two = net.modulation(cond)
+    out |= {"tiny/block0": net.blocks[0](tiny, sixes[0]), "tiny/logits": net.head(net.head_nm(tiny, two))}
     steps = range(0, 2000, 37)
     rates, decays = zip(*(var.lr_and_decay(step, 2000, 40, 0.01, 0.05, 0.08) for step in steps))
     out |= {"schedule/lr": 1e4 * 3.2e-4 * torch.tensor(rates), "schedule/wd": torch.tensor(decays)}
