@@ -2,6 +2,7 @@
 
 `case` runs over all of them: case.module, case.config (tiny), case.name.
 """
+import concurrent.futures
 import importlib
 import os
 from dataclasses import dataclass
@@ -119,6 +120,20 @@ class Case:
 
 def pytest_configure():
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """The notebooks that were asked for start now, in a thread: tests take one core, their kernels the other."""
+    wanted = [item for item in session.items if item.name.startswith("test_notebook_runs")]
+    if wanted and not session.config.option.collectonly:
+        session.config.pool = concurrent.futures.ThreadPoolExecutor(1)
+        session.config.notebooks = {path: session.config.pool.submit(item.module.run_notebook, path)
+                                    for item in wanted for path in [item.callspec.params["path"]]}
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "pool"):
+        config.pool.shutdown(cancel_futures=True)                       # after -x or Ctrl-C: what has not begun
 
 
 @pytest.fixture(params=CASES)

@@ -1,5 +1,9 @@
-"""Every notebook runs from top to bottom with FAST=1 in its own kernel, answers of exercises included."""
+"""Every notebook runs from top to bottom with FAST=1 in its own kernel, answers of exercises included.
+
+They run one after the other beside all other tests (conftest.py starts them), on the second core.
+"""
 import json
+import os
 import re
 
 import pytest
@@ -8,19 +12,23 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, monkeypatch):
+def run_notebook(path):
     import nbformat
     from nbclient import NotebookClient
-    monkeypatch.setenv("FAST", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")                          # a spinning neighbour must not slow the test
     notebook = nbformat.read(path, as_version=4)
     cells = []
     for cell in notebook.cells:                                         # the answers of exercises run where they stand
         answers = re.findall(r"```python\n(.*?)```", cell.source, re.S) if cell.cell_type == "markdown" else []
         cells += [cell, *map(nbformat.v4.new_code_cell, answers)]
     notebook.cells = cells
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    environment = os.environ | {"FAST": "1", "OMP_NUM_THREADS": "1"}    # a spinning neighbour must not slow the test
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute(env=environment)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, request):
+    """Planted: an exercise with a wrong answer."""
+    request.config.notebooks[path].result()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
