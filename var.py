@@ -875,10 +875,11 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
+# Copied from maskgit.py
 def gumbel(like, generator=None):
-    """Standard Gumbel noise of the shape of `like`, never infinite."""
-    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype).clamp(1e-20, 1 - 1e-7)
-    return -(-u.log()).log()
+    """Gumbel noise of the shape and device of `like`: argmax(logits + it) is a draw from softmax(logits)."""
+    u = torch.rand(like.shape, generator=generator, device=generator.device if generator else like.device)
+    return -(-u.clamp(min=1e-30).log()).log().to(like)
 
 
 @torch.no_grad()
@@ -1087,8 +1088,9 @@ def curriculum(config, step):
     finest = lambda n: first + round(min(1.0, max(0.0, (n - c.warmup) / span)) * (last - first))
     if not c.progressive or finest(step) == last:
         return last + 1, 1.0
-    age = next((n for n in range(1, step) if finest(step - n) != finest(step)), step)   # steps with this scale, from 1
-    return finest(step) + 1, 1.0 if finest(step) == first else min(1.0, max(0.01, age / max(1, c.warmup / 6)))
+    rise = max(1, c.warmup / 6)                                                 # no need to look further back than that
+    age = next((n for n in range(1, min(step, int(rise) + 2)) if finest(step - n) != finest(step)), step)
+    return finest(step) + 1, 1.0 if finest(step) == first else min(1.0, max(0.01, age / rise))
 
 
 def train_prior(config, data, run, tokenizer):
@@ -1850,6 +1852,14 @@ def sample_command(args, run, tokenizer, prior):
     show(args, run, images, "samples.png", columns, "complete")
 
 
+# Copied from maskgit.py
+def show_edits(args, run, images, hidden, drawn, name):
+    """Each row: an image, what the model is shown of it (hidden (n or 1, 1, S, S): not), what it makes of that."""
+    shown = torch.stack([images, images.masked_fill(hidden, 0)], 1)
+    num = len(drawn) // len(images)
+    show(args, run, torch.cat([shown, drawn.unflatten(0, (-1, num))], 1).flatten(0, 1), name, 2 + num, "evaluate")
+
+
 def edit_images(args, run, tokenizer, prior, box, inside, name, classless=True):
     """Each row: an image, what of it the box leaves known, and what the model makes of that, --num times.
 
@@ -1861,9 +1871,7 @@ def edit_images(args, run, tokenizer, prior, box, inside, name, classless=True):
     drawn = draw_images(args, run, lambda images, labels, **more: edit(tokenizer, prior, images, keep, labels, **more),
                         images.repeat_interleave(num, 0), labels.repeat_interleave(num))
     finest = keep[-run.config.scales[-1] ** 2:].view(1, 1, *run.config.scales[-1:] * 2)
-    hidden = ~F.interpolate(finest.float(), (S, S)).bool()
-    shown = torch.stack([images, images.masked_fill(hidden, 0)], 1)
-    show(args, run, torch.cat([shown, drawn.unflatten(0, (-1, num))], 1).flatten(0, 1), name, 2 + num, "evaluate")
+    show_edits(args, run, images, ~F.interpolate(finest.float(), (S, S)).bool(), drawn, name)
 
 
 def complete_command(args, run, tokenizer, prior):

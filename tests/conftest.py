@@ -87,7 +87,7 @@ class Case:
 
     def seen_from(self, t):
         """The first position whose logit may depend on token t, of a prior that is not masked."""
-        return sum(p * p for p in self.config.scales[:self.build()[1].level[t] + 1]) if self.scales else t + 1
+        return sum(p * p for p in self.config.scales[:self.module.levels(self.config.scales)[t] + 1]) if self.scales else t + 1
 
     @property
     def V(self):

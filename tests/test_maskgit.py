@@ -505,16 +505,6 @@ def test_training_returns_the_average_of_the_weights(tmp_path):
     assert all(torch.equal(a, b) for x, y in zip(loaded, (tokenizer, prior)) for a, b in zip(x.parameters(), y.parameters()))
 
 
-def test_compile_leaves_the_moving_codebook_alone(tmp_path, monkeypatch):
-    """The compiler may read a weight again in the backward pass that update has moved. Planted: tokenizer.compile()."""
-    calls = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(type(self).__name__))
-    config = dataclasses.replace(TINY, compile=True, train_steps_tokenizer=1, train_images=20, test_images=10, batch_size=4)
-    data = maskgit.load_data(config)
-    maskgit.train_tokenizer(config, data, maskgit.Run(tmp_path / "run", config, data.classes))
-    assert calls == ["Encoder", "Decoder"]
-
-
 def test_replace_draws_all_of_its_box_anew(tmp_path, monkeypatch):
     """The release's rule of boxes leaves out the last token of one that is not aligned. Planted: the box passed on as it is."""
     config = dataclasses.replace(TINY, image_size=24, ch_mult=(1, 1, 1), train_images=20, test_images=4, train_steps_tokenizer=0, train_steps_prior=0)

@@ -303,18 +303,6 @@ def test_sampler_refuses():
         VAR(TINY)(torch.zeros(1, 21, dtype=torch.long))
 
 
-def test_compile_compiles_what_training_calls(tmp_path, monkeypatch):
-    """Planted: prior.compile(), which compiles forward's caller alone."""
-    calls, modules = [], []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *a, **k: calls.append(function.__name__) or function(*a, **k))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: modules.append(type(self).__name__))
-    config = dataclasses.replace(TINY, compile=True, train_steps_prior=1, train_steps_tokenizer=1, train_images=20, test_images=10, batch_size_prior=4)
-    data = var.load_data(config)
-    run = var.Run(tmp_path / "run", config, data.classes)
-    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
-    assert calls == ["logits"] and modules == ["Encoder", "Decoder"]
-
-
 # --- presets and released weights
 
 COUNTS = {"imagenet256-d16": 310_283_520, "imagenet256-d20": 600_917_136, "imagenet256-d24": 1_033_399_360, "imagenet256-d30": 2_010_020_356,

@@ -21,6 +21,11 @@ def gflop(tokens, pairs, logits):
     return (LAYERS * (24 * WIDTH ** 2 * tokens + 4 * WIDTH * pairs) + 2 * WIDTH * V * logits) / 1e9
 
 
+WORK = {"MaskGIT": (STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),       # passes, GFLOP an image
+        "GPT, cached": (N, gflop(N, N * (N + 1) / 2, N)),
+        "GPT, uncached": (N, gflop(N * (N + 1) / 2, sum(i * i for i in range(1, N + 1)), N))}
+
+
 def main():
     torch.manual_seed(0)
     side = int(N ** 0.5)
@@ -30,10 +35,7 @@ def main():
     c = vqgan_gpt.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS)
     tokenizer, gpt = vqgan_gpt.build_tokenizer(c).eval(), vqgan_gpt.build_prior(c).eval()
     tokenizer.decode = lambda indices: indices.float()                          # the decoder is no part of the comparison
-    work = {"masked": (STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),
-            "cached": (N, gflop(N, N * (N + 1) / 2, N)),
-            "uncached": (N, gflop(N * (N + 1) / 2, sum(i * i for i in range(1, N + 1)), N))}
-    for name, (passes, flops) in work.items():
+    for name, (passes, flops) in WORK.items():
         print(f"{name}: {passes} passes, {flops:.0f} GFLOP an image")
 
     def decode(batch):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from common import compare
 from gpt_cache import EVERY, full_passes
-from masked_raster import HEADS, LAYERS, STEPS, WIDTH, V, gflop
+from masked_raster import HEADS, LAYERS, STEPS, WIDTH, WORK, V, gflop
 
 import maskgit
 import var
@@ -32,10 +32,8 @@ def main():
     pairs = sum(p * p * sum(q * q for q in scales[:k + 1]) for k, p in enumerate(scales))
     print(f"parameters: VAR {sum(p.numel() for p in prior.parameters()):,} (AdaLN {sum(p.numel() for b in prior.blocks for p in b.ada_lin.parameters()):,}), "
           f"GPT {sum(p.numel() for p in gpt.parameters()):,}, MaskGIT {sum(p.numel() for p in masked.parameters()):,}")
-    for name, passes, flops in (("VAR", len(scales), gflop(L, pairs, L) + LAYERS * 12 * WIDTH ** 2 / 1e9),
-                                ("MaskGIT", STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),
-                                ("GPT, cached", N, gflop(N, N * (N + 1) / 2, N)),
-                                ("GPT, uncached", N, gflop(N * (N + 1) / 2, sum(i * i for i in range(1, N + 1)), N))):
+    work = {"VAR": (len(scales), gflop(L, pairs, L) + LAYERS * 12 * WIDTH ** 2 / 1e9)} | WORK
+    for name, (passes, flops) in work.items():
         print(f"{name}: {passes} passes, {flops:.0f} GFLOP an image")
     labels = partial(torch.zeros, dtype=torch.long)
     ways = {"VAR": lambda batch: var.sample(tokenizer, prior, labels(batch)), "GPT, cached": lambda batch: vqgan_gpt.sample(codes, gpt, labels(batch)),

@@ -59,7 +59,6 @@ def main():
 
     def draw(anew):
         prior.__class__, var.Cache = (Anew, Joined) if anew else (var.VAR, ours)
-
         out = var.sample(tokenizer, prior, torch.zeros(batch, dtype=torch.long), generator=torch.Generator().manual_seed(0), **settings)
         prior.__class__, var.Cache = var.VAR, ours
         return out
