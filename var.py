@@ -11,21 +11,23 @@
 
 The idea. A GPT needs an order, and pixels or patches have none: in raster order a code is drawn blind to all that is
 below it. Scales have one. The tokenizer writes an image as K maps of codes of growing side, 1 x 1 to h x w, where each
-map holds what the upsampled sum of the coarser ones left unexplained. The transformer predicts map k from the maps
-before it, all of its codes in one pass: K passes in place of h w, causal across scales, in both directions within one.
+map holds what the sum of the coarser ones, enlarged, left unexplained. p(maps) = prod_k p(map k | maps before k): the
+transformer gives all codes of a map in one pass, K passes in place of h w; causal across scales, in both directions
+within one. It reads no codes: only what the coarser maps' sum says at the size of the map to come.
 
     images (B,3,H,W) -> Encoder -> f (B,E,h,w) -> tokens (B,L): for k in 0..K-1
         rest = f - f_hat -> shrunk to p_k x p_k -> nearest of V codes -> enlarged -> phi -> added to f_hat (B,E,h,w)
     f_hat -> Decoder -> images
-    training:  f_hat before scale k, shrunk to p_k x p_k, for all k at once -> Transformer -> logits (B,L,V) of the maps
+    training:  class, f_hat before each scale k, shrunk to p_k x p_k, all at once -> Transformer -> logits (B,L,V)
     sampling:  class -> map 0 -> f_hat -> shrunk -> map 1 -> ... -> map K-1 -> f_hat -> Decoder
 
 Glossary
     f, f_hat   the encoder's output, and the sum of what codes say of it; config.f: the downsampling factor
     p_k, K     side of scale k's map (release: patch_nums); number of scales
+    h, w       side of the finest map, p_(K-1)
     V, E       codebook entries, one table for all scales; width of a code (release: Cvae)
     L          tokens of an image, sum of p_k^2, coarse maps first, each row by row
-    phi        residual 3x3 convolution that mends the enlarged codes; four of them are shared by the scales
+    phi        half identity, half 3x3 convolution, after the codes are enlarged; the scales share four of them
     M          width of the transformer (release: C = 64 depth)
     AdaLN      LayerNorm whose scale and shift, and the gate behind it, are computed from the class
 
@@ -39,11 +41,11 @@ Run
 Contents   Config and presets, Tokenizer, Prior, Losses, Sampler, Training, Official weights, Helpers, Command line
 Not here   rejection sampling ("-re", no code released), the fused kernels, dropout, the codebook's cosine variant.
 Departs    The tokenizer's training was not released: the paper says "as VQGAN" with the multi-scale loss, which is
-           built here, with VQGAN's patch discriminator (its authors' later trainer has one on DINO's features). Codes
-           as running means and the restart of unused ones are ours (off in the paper's presets). Labels are dropped in
-           training alone, the release drops them in evaluation too. float32, or bfloat16 on CUDA, without loss scaling.
-           Pictures are not augmented (release: random crops). Under autocast the embeddings are in bfloat16 too; each
-           process draws its own drop path.
+           built here, with VQGAN's patch discriminator, on the transformer's data (paper: OpenImages). Its authors'
+           later trainer has DINO's features, AdamW, augmentation, averaged weights; its batch, rate and start of the
+           GAN stand in RELEASE. Codes as running means and the restart of unused ones are ours (off in the paper's
+           presets). Labels are dropped in training alone, the release drops them in evaluation too. float32, or
+           bfloat16 on CUDA, without loss scaling; convolutions as PyTorch is set (TF32 on CUDA). No random crops.
 """
 import argparse
 import contextlib
@@ -96,8 +98,8 @@ class Config:
     code_dim: int = 8               # E, width of a code (release: 32)
     codebook_size: int = 128        # V, codes, one table for all scales (release: 4096)
     beta: float = 0.25              # weight of the commitment term
-    codebook_weight: float = 0.2    # weight of the whole quantizer's loss (release: 1)
-    codebook_ema: float = 0.95      # decay of the running means that the codes are (release: 0, by gradient)
+    codebook_weight: float = 0.2    # weight of the whole quantizer's loss (paper: 1)
+    codebook_ema: float = 0.95      # decay of the running mean of latents that a code is (0: by gradient, as paper)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     l1_weight: float = 0.2          # weight of the absolute error beside the squared one
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
@@ -114,7 +116,7 @@ class Config:
     l2_norm: bool = True            # queries and keys have length one, a learned temperature for each head
     shared_adaln: bool = False      # one AdaLN matrix for all blocks, and an offset of its own for each (512 px model)
     drop_path: float = 0.0          # rate of dropping the last block's branches, rising from 0 (release: depth / 240)
-    gate_init: float = 1e-3         # factor of the gates' initial weights: blocks start almost as identity
+    gate_init: float = 1e-3         # factor of the weights that make gates: small, blocks start as identity
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs
     label_smoothing: float = 0.0    # share of the target spread evenly over all codes
     # training
@@ -139,7 +141,7 @@ class Config:
     top_k: int = 0                  # only the k likeliest codes are drawn (0: all)
     top_p: float = 0.9              # only the likeliest codes that together reach probability p are drawn
     guidance: float = 3.0           # logits = no class + g (class - no class), g from 1 to this; 1: none (cfg + 1)
-    smooth: bool = False            # mix codes softly by Gumbel noise: nicer pictures, no samples (more_smooth)
+    smooth: bool = False            # codes mixed, not drawn: nicer, not for FID (release: more_smooth)
     compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
@@ -156,7 +158,7 @@ class Config:
         return self.image_size // self.f
 
 
-# The release: one tokenizer; transformers of depth d with d heads and 64 d channels. Tokenizer's training: see Departs
+# The release: one tokenizer (its training: see Departs); transformers of depth d with d heads and 64 d channels
 SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=32,
                codebook_size=4096, codebook_weight=1.0, codebook_ema=0.0, restart=0, lpips="download", disc_layers=3,
@@ -166,7 +168,7 @@ RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num
 
 
 def released(depth, size, epochs, batch, lr, gate_init, lr_end, **more):
-    """A transformer of the release's table; an epoch is ImageNet's 1,281,167 images."""
+    """A transformer of the release's table; an epoch is 1,281,167 images. The 512 px model shares the tokenizer."""
     steps = epochs * -(-1_281_167 // batch)
     return Config(**RELEASE | dict(data=f"imagenet{size}", image_size=size, scales=SCALES[size], depth=depth,
                   width=64 * depth, heads=depth, drop_path=depth / 240, gate_init=gate_init, lr_end=lr_end,
@@ -340,7 +342,7 @@ def nearest(z, codebook, limit=2 ** 22):
 def phi_of_scale(K):
     """Which of four phis each of K scales uses: the nearest on [0, 1].   Source: models/quant.py PhiPartiallyShared.
 
-    QUIRK: of ten scales two lie exactly between two phis, and rounding decides; so the release's table stands here.
+    QUIRK: some scales lie exactly between two phis, and rounding decides: for ten scales the release's table stands.
     """
     if K == 10:
         return [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
@@ -355,7 +357,7 @@ class Phi(nn.Conv2d):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """f (B, E, h, w) <-> tokens (B, L), scale after scale what the coarser ones left.   Source: models/quant.py.
+    """f (B, E, h, w) <-> tokens (B, L): each scale codes what the coarser ones left.   Source: models/quant.py.
 
     decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
     unused for so many steps move to latents of the batch, the first process's.
@@ -374,18 +376,16 @@ class MultiScaleQuantizer(nn.Module):
             self.register_buffer("idle", torch.zeros(size))
 
     def split(self, x):
-        """Anything of L along its axis 1 (B, L, ...) -> one part (B, p_k^2, ...) for each scale."""
+        """x (B, L, ...) -> a part (B, p_k^2, ...) for each scale."""
         return x.split([p * p for p in self.scales], 1)
 
     def shrink(self, x, k):
         """x (B, E, h, w) -> (B, E, p_k, p_k): means of areas, which overlap where p_k does not divide h."""
-        return x if x.shape[-1] == self.scales[k] else F.interpolate(x, (self.scales[k],) * 2, mode="area")
+        return F.interpolate(x, (self.scales[k],) * 2, mode="area")
 
     def enlarge(self, codes, k):
-        """Vectors of scale k's codes (B, E, p_k, p_k) -> what they add to f_hat (B, E, h, w). All have a phi."""
-        side = self.scales[-1]
-        h = codes if k == len(self.scales) - 1 else F.interpolate(codes, (side, side), mode="bicubic")
-        return self.phi[self.phi_of[k]](h)
+        """Vectors of scale k's codes (B, E, p_k, p_k) -> what they add to f_hat (B, E, h, w). The last has phi."""
+        return self.phi[self.phi_of[k]](F.interpolate(codes, (self.scales[-1],) * 2, mode="bicubic"))
 
     def lookup(self, tokens):
         """Indices of one scale (B, p^2) -> vectors (B, E, p, p)."""
@@ -393,7 +393,7 @@ class MultiScaleQuantizer(nn.Module):
         return self.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
 
     def steps(self, f):
-        """For each scale: z (B p_k^2, E), the rest, shrunk; its tokens (B, p_k^2); what they add (B, E, h, w)."""
+        """For each scale: z (B p_k^2, E), what is left, shrunk; its tokens (B, p_k^2); what they add (B, E, h, w)."""
         rest, codebook = f.detach(), self.embedding.weight.detach()
         for k in range(len(self.scales)):
             z = self.shrink(rest, k).permute(0, 2, 3, 1).flatten(0, 2)
@@ -404,19 +404,19 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def indices(self, f):
-        """f (B, E, h, w) -> tokens (B, L) int64.  In float32: one code that flips changes all finer scales."""
+        """f (B, E, h, w) -> tokens (B, L) int64.  Not under autocast: one code that flips changes all finer scales."""
         with torch.autocast(f.device.type, enabled=False):
             return torch.cat([tokens for _, tokens, _ in self.steps(f.to(self.embedding.weight.dtype))], 1)
 
     def sums(self, tokens):
-        """tokens (B, L) -> f_hat (B, E, h, w) after each of the K scales."""
+        """tokens (B, L) -> f_hat after each scale (K, B, E, h, w)."""
         with torch.autocast(tokens.device.type, enabled=False):
             added = [self.enlarge(self.lookup(part), k) for k, part in enumerate(self.split(tokens))]
-            return list(torch.stack(added).cumsum(0))
+            return torch.stack(added).cumsum(0)
 
     @torch.no_grad()
     def inputs(self, tokens):
-        """tokens (B, L) -> the transformer's inputs at scales 1 to K-1 (B, L - p_0^2, E): f_hat, shrunk."""
+        """tokens (B, L) -> the transformer's inputs of scales 1 to K-1 (B, L - p_0^2, E): f_hat before each, shrunk."""
         return torch.cat([self.shrink(f_hat, k + 1).flatten(2) for k, f_hat in enumerate(self.sums(tokens)[:-1])],
                          2).transpose(1, 2)
 
@@ -428,16 +428,12 @@ class MultiScaleQuantizer(nn.Module):
         """
         with torch.autocast(f.device.type, enabled=False):
             f = f.to(self.embedding.weight.dtype)
-            f_hat, loss, rests, found = 0, 0, [], []
-            for z, tokens, h in self.steps(f):
-                f_hat = f_hat + h
-                loss = loss + self.beta * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
-                rests.append(z)
-                found.append(tokens)
-            tokens = torch.cat(found, 1)
+            rests, maps, added = zip(*self.steps(f))
+            sums, tokens = torch.stack(added).cumsum(0), torch.cat(maps, 1)
+            loss = self.beta * (f - sums.detach()).square().mean() + (sums - f.detach()).square().mean()
             if self.training and (self.decay or self.restart):
-                self.update(torch.cat(rests), torch.cat([part.flatten() for part in found]), generator)
-            return f + (f_hat - f).detach(), tokens, loss / len(self.scales)
+                self.update(torch.cat(rests), torch.cat([part.flatten() for part in maps]), generator)
+            return f + (sums[-1] - f).detach(), tokens, loss
 
     @torch.no_grad()
     def update(self, z, indices, generator=None):
@@ -472,9 +468,10 @@ class VQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        self.config, self.f, self.codebook_size = (c := config), config.f, config.codebook_size
-        sizes = c.ch, c.ch_mult, c.num_res_blocks, (c.side,), c.image_size, c.code_dim, c.groups    # attention last
-        self.encoder, self.decoder = Encoder(3, *sizes), Decoder(3, *sizes)
+        self.config, self.f, self.codebook_size = config, config.f, config.codebook_size
+        c, attention = config, (config.side,)                                   # at the coarsest level alone
+        shape = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
+        self.encoder, self.decoder = Encoder(3, *shape), Decoder(3, *shape)
         self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_ema, c.restart)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1) for _ in range(2))
 
@@ -531,9 +528,9 @@ class Cache:
 
 
 class SelfAttention(nn.Module):
-    """Attention of queries and keys of length one, times exp of a learned number of each head (at most 100).
+    """Queries and keys have length one; their products are multiplied by exp of a learned number of each head (<= 100).
 
-    Without l2_norm: the plain one with the release's temperature.   Source: models/basic_var.py, as the next class.
+    Without l2_norm: the plain one with the release's temperature.   Source: models/basic_var.py, as all down to VAR.
     """
     def __init__(self, width, heads, l2_norm=True):
         super().__init__()
@@ -558,18 +555,13 @@ class SelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, L, M))
 
 
-class FFN(nn.Module):
-    """The mlp of a block.  (B, L, M) -> (B, L, M)."""
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def ada(width, n):
+    """AdaLN's matrix: the class -> n vectors."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, n * width))
 
 
 def modulated(x, scale, shift):
-    """LayerNorm without weights of its own, eps 1e-6; then the class's."""
+    """AdaLN: LayerNorm without weights of its own, eps 1e-6; then a scale and a shift that the class gave."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -578,11 +570,13 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width, heads, mlp_ratio=4, l2_norm=True, shared=False, drop_path=0.0):
         super().__init__()
         self.width, self.drop_path = width, drop_path
-        self.attn, self.ffn = SelfAttention(width, heads, l2_norm), FFN(width, mlp_ratio * width)
+        self.attn, hidden = SelfAttention(width, heads, l2_norm), mlp_ratio * width
+        self.ffn = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(approximate="tanh"),
+                                             fc2=nn.Linear(hidden, width)))
         if shared:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width ** 0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = ada(width, 6)
 
     def drop(self, branch):
         """Stochastic depth: an image's branch is left out, the others are enlarged for it."""
@@ -591,10 +585,6 @@ class AdaLNBlock(nn.Module):
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * kept / (1 - self.drop_path)
 
-    def modulation(self, cond):
-        """cond (B, M), or of the shared AdaLN (B, 1, 6, M) -> gates, scales, shifts (B, 1, 6, M)."""
-        return cond + self.ada_gss if hasattr(self, "ada_gss") else self.ada_lin(cond).view(-1, 1, 6, self.width)
-
     def forward(self, x, six, mask=None, cache=None):
         """x (B, L, M), six (B, 1, 6, M) -> (B, L, M)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)          # not DiT's order
@@ -602,25 +592,16 @@ class AdaLNBlock(nn.Module):
         return x + self.drop(gamma2 * self.ffn(modulated(x, scale2, shift2)))
 
 
-class AdaLNBeforeHead(nn.Module):
-    """The last norm, with scale and shift by the class.  x (B, L, M), two = ada_lin(cond) (B, 2 M) -> (B, L, M)."""
-    def __init__(self, width):
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, two):
-        return modulated(x, *two[:, None].chunk(2, -1))
-
-
 def levels(scales):
     """The scale of each token -> (L,) int64."""
-    return torch.tensor([k for k, p in enumerate(scales) for _ in range(p * p)], device="cpu")       # never on meta
+    every = [k for k, p in enumerate(scales) for _ in range(p * p)]
+    return torch.tensor(every, device="cpu")                                    # from_official builds on "meta"
 
 
 class VAR(nn.Module):
     """p(tokens | class) = prod_k p(map k | class, maps before k).   Source: models/var.py.
 
-    forward and loss take tokens, which the tokenizer's quantizer makes inputs of: bind(prior, tokenizer) first.
+    forward and loss make inputs of tokens by the tokenizer's quantizer: bind(prior, tokenizer) first.
     """
     def __init__(self, config):
         super().__init__()
@@ -632,16 +613,17 @@ class VAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(c.scales), c.width)
         self.pos_start, self.pos_1LC = (nn.Parameter(torch.randn(1, n, c.width) * std) for n in (c.scales[0] ** 2, L))
         if c.shared_adaln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
+            self.shared_ada_lin = ada(c.width, 6)
         self.blocks = nn.ModuleList(
             AdaLNBlock(c.width, c.heads, c.mlp_ratio, c.l2_norm, c.shared_adaln, c.drop_path * i / max(1, c.depth - 1))
             for i in range(c.depth))
-        self.head_nm, self.head = AdaLNBeforeHead(c.width), nn.Linear(c.width, c.codebook_size)
+        self.head_nm = nn.Sequential(OrderedDict(ada_lin=ada(c.width, 2)))      # the release's key
+        self.head = nn.Linear(c.width, c.codebook_size)
         self.init_weights(std)
 
     @torch.no_grad()
     def init_weights(self, std):
-        """The release's: small branches, gates nearly closed, logits nearly zero; the loss starts at log V."""
+        """The release's: small branches, gates nearly closed (not shared ones), logits near 0: loss log V."""
         c = self.config
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -658,25 +640,31 @@ class VAR(nn.Module):
             six[2:] *= 0.5
 
     def embed(self, cond, inputs=None, begin=0):
-        """Inputs (B, n, E) of the tokens from number `begin` on -> x (B, n, M); before all, what stands for map 0."""
-        x = inputs if inputs is None else self.word_embed(inputs)
-        if begin == 0:
-            start = cond[:, None] + self.pos_start
-            x = start if x is None else torch.cat([start, x], 1)
+        """Inputs (B, n, E) of tokens from begin on -> x (B, n, M); at begin 0 the class goes ahead, map 0's input."""
+        x = [cond[:, None] + self.pos_start] if begin == 0 else []
+        x = torch.cat(x if inputs is None else [*x, self.word_embed(inputs)], 1)
         where = slice(begin, begin + x.shape[1])
-        return x + self.lvl_embed(self.level[where]) + self.pos_1LC[:, where]
+        return x + self.lvl_embed(self.level[where]) + self.pos_1LC[:, where]   # map 0: a second position, as released
 
     def modulation(self, cond):
-        """cond (B, M) -> what all AdaLNs make of it. A third of the weights is in them: sampling does this once."""
-        shared = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if self.config.shared_adaln else cond
-        return [block.modulation(shared) for block in self.blocks], self.head_nm.ada_lin(cond)
+        """cond (B, M) -> gates, scales, shifts (B, 1, 6, M) of each block, scale and shift (B, 1, M) of the last norm.
+
+        A third of the weights is in these matrices (if not shared): a sample needs them once, not once a scale.
+        """
+        c = self.config
+        if c.shared_adaln:
+            shared = self.shared_ada_lin(cond).view(-1, 1, 6, c.width)
+            sixes = [shared + block.ada_gss for block in self.blocks]
+        else:
+            sixes = [block.ada_lin(cond).view(-1, 1, 6, c.width) for block in self.blocks]
+        return sixes, self.head_nm.ada_lin(cond)[:, None].chunk(2, -1)
 
     def logits(self, x, modulation, mask=None, cache=None):
-        """x (B, n, M) -> logits (B, n, V), float32: at a token's own place, for x is made of coarser maps alone."""
-        sixes, two = modulation
-        for i, (block, six) in enumerate(zip(self.blocks, sixes)):
-            x = block(x, six, mask, cache[i] if cache else None)
-        logits = self.head(self.head_nm(x.to(self.pos_1LC.dtype), two))
+        """x (B, n, M) -> logits (B, n, V), float32: each of its own token: x is made of coarser maps alone."""
+        sixes, last = modulation
+        for block, six, each in zip(self.blocks, sixes, cache or [None] * len(self.blocks)):
+            x = block(x, six, mask, each)
+        logits = self.head(modulated(x.to(self.pos_1LC.dtype), *last))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def condition(self, labels, batch):
@@ -715,9 +703,10 @@ class VAR(nn.Module):
         weight[tail] = newest
         nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
         loss, right = (nll * weight).sum(1).mean() / len(self.level), (logits.argmax(-1) == tokens).float()
-        if c.label_smoothing:                                                   # a share of the mean over all codes
-            even = torch.logsumexp(logits, -1) - logits.mean(-1)
-            loss = (1 - c.label_smoothing) * loss + c.label_smoothing * (even * weight).sum(1).mean() / len(self.level)
+        if c.label_smoothing:                                                   # the metrics are those without
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none",
+                                   label_smoothing=c.label_smoothing).view_as(nll)
+            loss = (loss * weight).sum(1).mean() / len(self.level)
         return loss, {"nats": nll.mean(), "nats_tail": nll[:, tail].mean(), "accuracy": right.mean(),
                       "accuracy_tail": right[:, tail].mean()}
 
@@ -885,13 +874,13 @@ def gumbel(like, generator=None):
 @torch.no_grad()
 def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, smooth=False,
            generator=None, trace=None):
-    """Draw map after map: a pass reads the sum of all coarser maps, tells the whole next one, and that is drawn.
+    """Draw map after map: a pass reads the sum of all coarser maps, gives logits of the whole next one; that is drawn.
 
     labels (B,) int64 (num_classes: no class). known (B, L) int64: tokens that are kept; -1 where to draw. guidance:
     logits = no class + g (class - no class), g rising with the scale from 1 to guidance (the release's cfg + 1).
     smooth: codes are mixed by a Gumbel softmax in place of a draw. trace: a list that gets {scale, logits (B, p^2, V),
     tokens (B, p^2), codes (B, E, p, p), f_hat, images} for each scale. Returns images (B, 3, H, W) in [-1, 1].
-    Raises UserError for a tokenizer of other scales, a top_k above V, top_p or known out of range, guidance without
+    Raises UserError for a tokenizer of other scales, temperature, top_k, top_p or known out of range, guidance without
     dropped labels.   Source: models/var.py autoregressive_infer_cfg.
     """
     B, c, q, V = len(labels), prior.config, tokenizer.quantize, tokenizer.codebook_size
@@ -908,6 +897,8 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
     modulation = prior.modulation(cond)
     cache, inputs, f_hat, at = [Cache(len(prior.level)) for _ in prior.blocks], None, 0, 0
     for k, side in enumerate(c.scales):
+        if k:
+            inputs = q.shrink(f_hat, k).flatten(2).transpose(1, 2).repeat(1 + guided, 1, 1)
         r = k / (len(c.scales) - 1)
         logits = prior.logits(prior.embed(cond, inputs, at), modulation, cache=cache)   # (B or 2B, p^2, V)
         if guided:
@@ -917,7 +908,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
         tokens = torch.multinomial(allowed.softmax(-1).flatten(0, 1), 1, generator=generator).view(B, -1)
         codes = q.lookup(tokens)                                                # (B, E, p, p)
         if smooth:
-            tau = max(0.27 * (1 - 0.95 * r), 0.005)
+            tau = 0.27 * (1 - 0.95 * r)                                         # as released
             soft = ((allowed * (1 + r) + gumbel(allowed, generator)) / tau).softmax(-1)
             codes = (soft @ q.embedding.weight).transpose(1, 2).unflatten(2, (side, side))
         if known is not None:
@@ -926,8 +917,6 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
             codes = torch.where(keep, q.lookup(given.clamp(min=0)), codes)
             tokens = torch.where(given >= 0, given, tokens)
         f_hat, at = f_hat + q.enlarge(codes, k), at + side * side
-        if k + 1 < len(c.scales):
-            inputs = q.shrink(f_hat, k + 1).flatten(2).transpose(1, 2).repeat(1 + guided, 1, 1)
         if trace is not None:
             trace.append({"scale": k, "logits": logits, "tokens": tokens, "codes": codes, "f_hat": f_hat,
                           "images": tokenizer.decode_latents(f_hat).clamp(-1, 1)})
@@ -937,17 +926,17 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
 def kept_tokens(box, scales, size, inside=False):
     """Which tokens are known when the box (top, left, height, width in pixels) is drawn anew -> (L,) bool.
 
-    inside: the box is known, all around it is drawn. Scales of at most 3 tokens are known whatever the box: they hold
-    the picture's mean, hidden part included. UserError: box outside of the picture.
+    inside: the box is known, all around it is drawn. The 1 x 1 map (in the release: maps of at most 3 tokens) is known
+    whatever the box: it holds the picture's mean, hidden part included. UserError: box outside of the picture.
     Source: demo_zero_shot_edit.ipynb.
     """
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1 or top + height > size or left + width > size:
         raise UserError(f"box {top} {left} {height} {width} (top, left, height, width) does not lie in a picture of "
                         f"{size} x {size} pixels")
-    row = lambda pixel: round(pixel / size * scales[-1])
+    cell = lambda pixel: round(pixel / size * scales[-1])
     mask = torch.full((1, 1, scales[-1], scales[-1]), float(not inside))
-    mask[:, :, row(top):row(top + height), row(left):row(left + width)] = float(inside)
+    mask[:, :, cell(top):cell(top + height), cell(left):cell(left + width)] = float(inside)
     if mask.min() == mask.max():
         raise UserError(f"box {top} {left} {height} {width} leaves nothing to draw or nothing known on the map of "
                         f"{scales[-1]} x {scales[-1]} tokens: a token is {size // scales[-1]} pixels wide")
@@ -1054,18 +1043,17 @@ def cached_tokens(tokenizer, data, run):
 
 def parameter_groups(prior):
     """Weight decay on all matrices, class embedding included; not on vectors, positions, levels, ada_gss, scale_mul."""
-    plain = "pos_start pos_1LC lvl_embed ada_gss scale_mul".split()
-    named = list(prior.named_parameters())
-    decay = [p for name, p in named if p.ndim > 1 and not any(word in name for word in plain)]
-    ids = {id(p) for p in decay}
-    return [dict(params=decay), dict(params=[p for _, p in named if id(p) not in ids], weight_decay=0.0)]
+    decays = lambda name, p: p.ndim > 1 and not re.search("pos_start|pos_1LC|lvl_embed|ada_gss|scale_mul", name)
+    groups = [[p for name, p in prior.named_parameters() if decays(name, p) == wanted] for wanted in (True, False)]
+    return [dict(params=groups[0]), dict(params=groups[1], weight_decay=0.0)]
 
 
 def lr_and_decay(step, total, warmup, end=0.01, decay=0.05, decay_end=0.0, progressive=0.0):
     """Factor of the learning rate, weight decay at a step.   Source: utils/lr_control.py, lin0 and lin<pg>.
 
-    Warm-up from 0.005, constant for a twentieth of the rest, then a line down to `end`; of progressive training two
-    lines that meet at that share, the first the flatter one. The decay is a cosine to `decay_end` (0: constant).
+    Warm-up from 0.005, constant for a twentieth of the rest, then a line down to `end`. Progressive training: a line to
+    the middle between 1 and what a straight one would have at that share, from there to `end`. The decay is a cosine to
+    `decay_end` (0: constant).
     """
     t = (step - warmup) / max(1, total - 1 - warmup)
     meet, height = (progressive, 1 - (1 - end) * progressive / 2) if progressive else (0.05, 1.0)
@@ -1079,7 +1067,7 @@ def lr_and_decay(step, total, warmup, end=0.01, decay=0.05, decay_end=0.0, progr
 def curriculum(config, step):
     """Progressive training: how many scales are trained at a step, and the weight of the newest.
 
-    During the warm-up scales 0 to progressive_start; one by one all of them, at the share `progressive` of the steps. A
+    During the warm-up scales 0 to progressive_start; one by one all of them, by the share `progressive` of the steps. A
     new scale's weight rises from 0.01 to 1 within a sixth of the warm-up, but the last one's, which is at 1 at once.
     Source: trainer.py, train.py.
     """
@@ -1088,9 +1076,9 @@ def curriculum(config, step):
     finest = lambda n: first + round(min(1.0, max(0.0, (n - c.warmup) / span)) * (last - first))
     if not c.progressive or finest(step) == last:
         return last + 1, 1.0
-    rise = max(1, c.warmup / 6)                                                 # no need to look further back than that
-    age = next((n for n in range(1, min(step, int(rise) + 2)) if finest(step - n) != finest(step)), step)
-    return finest(step) + 1, 1.0 if finest(step) == first else min(1.0, max(0.01, age / rise))
+    now, rise = finest(step), max(1, c.warmup / 6)                              # no need to look back further than that
+    age = next((n for n in range(1, int(rise) + 1) if finest(step - n) != now), rise)
+    return now + 1, 1.0 if now == first else max(0.01, age / rise)
 
 
 def train_prior(config, data, run, tokenizer):
@@ -1111,7 +1099,7 @@ def train_prior(config, data, run, tokenizer):
           f"codes were alike, {perplexity.log():.3f} without context")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
-        rank = dist.get_rank() if dist.is_initialized() else 0                  # drop_path: every process its own
+        rank = dist.get_rank() if dist.is_initialized() else 0                  # drop path: every process its own
         torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)) + rank)
         index = torch.randint(len(all_tokens), (config.batch_size_prior,), generator=generator)
         tokens, labels = all_tokens[index], all_labels[index]
@@ -1158,9 +1146,9 @@ def from_official(source, config=None):
     """Released weights -> VQVAE or VAR, in eval mode.
 
     source: path or state dict (of a training checkpoint, ar-ckpt-*.pth: its ["trainer"]["var_wo_ddp"]). config: the
-    constructor arguments, of which v_patch_nums or patch_nums is read; else the tokenizer gets the 256 px scales, and
-    the transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are checked for
-    their shapes and left. Every name and shape must fit: else UserError with the first five that do not.
+    constructor arguments, of which v_patch_nums, patch_nums and num_heads are read; else the tokenizer gets the 256 px
+    scales, and the transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are
+    checked for their shapes and left. Every name and shape must fit: else UserError with the first five that do not.
     """
     name = "the state dict" if isinstance(source, dict) else source
     state = {key.replace("quant_resi.qresi_ls", "phi"): value for key, value in read_weights(source).items()}
@@ -1192,7 +1180,7 @@ def from_official(source, config=None):
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(depth)],
                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), code_dim=size("quantize.embedding.weight", 1),
                 codebook_size=size("quantize.embedding.weight"), codebook_ema=0.0, restart=0, disc_weight=0.0))
-            buffers = {"quantize.ema_vocab_hit_SV": (  # made for other scales, perhaps
+            buffers = {"quantize.ema_vocab_hit_SV": (                           # statistics, of 256 px's scales in all
                 size("quantize.ema_vocab_hit_SV"), size("quantize.embedding.weight"))}
         else:
             raise ValueError("neither encoder.conv_in.weight nor pos_1LC is in it")
@@ -1961,13 +1949,13 @@ FLAGS = {
     "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and a transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
-    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all, images', none)"),
     "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--top-k": dict(type=int, help="only the k likeliest codes are drawn (default: the run's)"),
     "--top-p": dict(type=float, help="only the likeliest codes up to this probability (default: the run's)"),
     "--guidance": dict(type=float, help="no class + g (class - no class), g from 1 to this (default: the run's)"),
-    "--smooth": dict(action="store_true", default=None, help="mix codes softly: nicer pictures, no samples"),
+    "--smooth": dict(action="store_true", default=None, help="mix codes softly, no draw: nicer, not for FID"),
     "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in pixels"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)

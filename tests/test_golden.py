@@ -918,11 +918,12 @@ def var_transformer(golden, inputs):
     q, label, K = tokenizer.quantize, inputs["label"], len(net.config.scales)
     x, cond = inputs["x_BLCv_wo_first_l"], net.class_emb(label)
     given = []
-    hook = net.blocks[0].attn.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    hooks = [module.register_forward_pre_hook(lambda module, args: given.append(args[0])) for module in (net.blocks[0].attn, net.head)]
     with recorded(net, wanted) as out:
         logits = net(None, label, x)
-    hook.remove()
-    out |= {"attn_visible": (net.level[:, None] >= net.level).float(), "input_tokens": net.embed(cond, x), "blocks.0.attn_in": given[0],
+    for hook in hooks:
+        hook.remove()
+    out |= {"attn_visible": (net.level[:, None] >= net.level).float(), "input_tokens": net.embed(cond, x), "blocks.0.attn_in": given[0], "head_nm": given[1],
             "logits": logits, "logits_uncond": net(None, None, x)}
     if net.config.shared_adaln:
         out["cond_gss"] = net.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
@@ -940,8 +941,8 @@ def var_transformer(golden, inputs):
     for block, scale in zip(net.blocks, scales):
         block.attn.scale_mul_1H11.data = scale
     tiny = 0.001 * inputs["tiny"]
-    sixes, two = net.modulation(cond)
-    out |= {"tiny/block0": net.blocks[0](tiny, sixes[0]), "tiny/logits": net.head(net.head_nm(tiny, two))}
+    sixes, last = net.modulation(cond)
+    out |= {"tiny/block0": net.blocks[0](tiny, sixes[0]), "tiny/logits": net.head(var.modulated(tiny, *last))}
     steps = range(0, 2000, 37)
     rates, decays = zip(*(var.lr_and_decay(step, 2000, 40, 0.01, 0.05, 0.08) for step in steps))
     out |= {"schedule/lr": 1e4 * 3.2e-4 * torch.tensor(rates), "schedule/wd": torch.tensor(decays)}

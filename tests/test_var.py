@@ -50,7 +50,7 @@ def test_sum_of_residuals_is_what_decode_decodes():
     steps = list(q.steps(f))
     tokens, added = torch.cat([step[1] for step in steps], 1), [step[2] for step in steps]
     assert torch.equal(tokens, tokenizer.encode(images))
-    torch.testing.assert_close(torch.stack(q.sums(tokens)), torch.stack(added).cumsum(0))
+    torch.testing.assert_close(q.sums(tokens), torch.stack(added).cumsum(0))
     torch.testing.assert_close(tokenizer.decode(tokens), tokenizer.decode_latents(sum(added)))
     torch.testing.assert_close(tokenizer.decode(tokens, 2), tokenizer.decode_latents(added[0] + added[1]))
     for k, side in enumerate(q.scales):                                 # the next scale quantizes exactly what is left
