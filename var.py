@@ -181,7 +181,7 @@ PRESETS = {
     "mnist": Config(data="mnist", image_size=28, num_classes=10, scales=(1, 2, 3, 5, 7)),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, scales=(1, 2, 3, 4, 6, 8), ch=48, code_dim=16,
                       codebook_size=512, codebook_ema=0.98, disc_start=2400, train_steps_tokenizer=3000, width=192,
-                      heads=6, depth=6, train_steps_prior=10_000, lr_prior=1e-3, warmup=200),
+                      heads=6, depth=6, train_steps_prior=5000, lr_prior=1e-3, warmup=200),
     "imagenet256-d16": released(16, 256, 200, 768, 1e-4, 1e-3, 0.1),
     "imagenet256-d20": released(20, 256, 250, 768, 1e-4, 1e-3, 0.1),
     "imagenet256-d24": released(24, 256, 350, 768, 8e-5, 1e-4, 0.01),
@@ -1133,7 +1133,9 @@ def read_weights(source):
             loaded = torch.load(source, map_location="cpu", weights_only=True)
     else:
         loaded = source
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    inside = next((key for key in ("state_dict", "model_ema", "model") if key in loaded), None) if isinstance(
+        loaded, dict) else None
+    state = loaded[inside] if inside else loaded
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                               for name, value in state.items()):
         hint = "it is a run of this script: name its folder" if isinstance(loaded, dict) and "progress" in loaded else \
@@ -1372,15 +1374,21 @@ def fetch(name, folder):
 
 
 # Copied from pixelcnn.py
-def read_image(file, size):
-    """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
+def open_image(file):
+    """An image file, upright, of 8 bits, on white where it is transparent -> RGB."""
     image = ImageOps.exif_transpose(Image.open(file))                           # photos of a phone stand upright
     if image.mode.startswith("I"):                                              # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:      # what shines through is white
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
+    return image.convert("RGB")
+
+
+# Copied from pixelcnn.py
+def read_image(file, size):
+    """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
+    return np.asarray(ImageOps.fit(open_image(file), (size, size), Image.Resampling.BOX))
 
 
 # Copied from pixelcnn.py

@@ -1044,15 +1044,21 @@ def fetch(name, folder):
 
 
 # Copied from pixelcnn.py
-def read_image(file, size):
-    """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
+def open_image(file):
+    """An image file, upright, of 8 bits, on white where it is transparent -> RGB."""
     image = ImageOps.exif_transpose(Image.open(file))                           # photos of a phone stand upright
     if image.mode.startswith("I"):                                              # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:      # what shines through is white
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
+    return image.convert("RGB")
+
+
+# Copied from pixelcnn.py
+def read_image(file, size):
+    """The largest centred square of an image file, resized -> uint8 (size, size, 3)."""
+    return np.asarray(ImageOps.fit(open_image(file), (size, size), Image.Resampling.BOX))
 
 
 # Copied from pixelcnn.py

@@ -27,6 +27,9 @@ MASKGIT = dict(ch=32, ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8,
                train_steps_tokenizer=8, train_steps_prior=12)
 VAR = dict(ch=32, ch_mult=(1, 1), scales=(1, 2, 4), code_dim=8, depth=2, heads=2, width=16, disc_layers=1, disc_width=8, warmup=2, warmup_tokenizer=2,
            lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
+MAR = dict(ch=32, ch_mult=(1, 1), latent_dim=3, encoder_depth=1, decoder_depth=1, heads=2, width=16, decoder_width=24, head_width=16, head_depth=2, buffer=2,
+           disc_layers=1, disc_width=8, sample_steps=4, denoise_steps=10, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
+           train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -48,10 +51,13 @@ CASES = {   # name: (file, fields of its tiny Config)
     "var-class": ("var", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, drop_path=0.1, **VAR, **TINY)),
     "var-start": ("var", dict(codebook_size=16, num_classes=0, label_dropout=0.0, disc_weight=0.0, shared_adaln=True, progressive=0.5,
                               progressive_start=1, **VAR, **TINY)),
+    "mar-class": ("mar", dict(disc_start=4, flip=True, dropout=0.1, **MAR, **TINY)),
+    "mar-start": ("mar", dict(num_classes=0, label_dropout=0.0, disc_weight=0.0, patch_size=2, **MAR | dict(sample_steps=2), **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
 MASKED = {"maskgit"}     # files whose priors see tokens on all sides and tell the masked ones; the others are causal
 SCALES = {"var"}         # files whose priors tell a whole map of tokens in one pass, from all coarser maps
+CONTINUOUS = {"mar"}     # files without a codebook: latents in place of tokens, z in place of logits; the rest of their tests: tests/test_<file>.py
 FILES = sorted({file for file, _ in CASES.values()})
 
 
@@ -84,6 +90,16 @@ class Case:
     def scales(self):
         """Does the prior tell a whole map of tokens at once, from the coarser maps?"""
         return self.module.__name__ in SCALES
+
+    @property
+    def continuous(self):
+        """Are tokens latents, which a diffusion model draws?"""
+        return self.module.__name__ in CONTINUOUS
+
+    def tokens(self, tokenizer, images):
+        """What the prior reads of images."""
+        tokens = tokenizer.encode(images)
+        return self.module.patchify(tokens, self.config.patch_size) if self.continuous else tokens.flatten(1)
 
     def seen_from(self, t):
         """The first position whose logit may depend on token t, of a prior that is not masked."""

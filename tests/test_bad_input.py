@@ -807,3 +807,103 @@ def test_var_official_files(fails, trained_var, tmp_path, monkeypatch):
     fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
     torch.save(module.build_tokenizer(module.Config(**CASES["var-class"][1] | dict(ch=32, groups=32, restart=0, codebook_size=8))).state_dict(), "few.pth")
     fails(module, "sample", "--official", "few.pth", "var.pth", says=["var.pth reads maps", "(1, 2, 4), 16, 8"])
+
+
+# --- mar.py
+
+@pytest.fixture(scope="session")
+def trained_mar(tmp_path_factory):
+    from conftest import CASES
+
+    import mar
+    folders = {}
+    for name, more in (("class", {}), ("alone", dict(label_dropout=0.0, guidance=1.0))):             # alone: never without a class
+        config = mar.Config(**CASES["mar-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2) | more)
+        folders[name], data = tmp_path_factory.mktemp("runs") / name, mar.load_data(config)
+        run = mar.Run(folders[name], config, data.classes)
+        mar.train_prior(config, data, run, mar.train_tokenizer(config, data, run))
+    return mar, folders["class"], folders["alone"]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--sample-steps", "37"], ["sample_steps 37", "there are 36"]),
+    (["--sample-steps", "10", "--patch-size", "2"], ["sample_steps 10", "there are 9"]),
+    (["--denoise-steps", "1"], ["denoise_steps 1", "2 to 1000"]),
+    (["--denoise-steps", "1001"], ["denoise_steps 1001", "2 to 1000"]),
+    (["--image-size", "30"], ["30 pixels", "f = 4"]),
+    (["--patch-size", "4"], ["24 pixels", "f = 4", "patch_size 4"]),
+    (["--heads", "3"], ["width 128", "heads, 3"]),
+    (["--decoder-width", "130"], ["decoder_width 130", "heads, 4"]),
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--guidance-schedule", "cubic"], ["guidance_schedule cubic", "linear or constant"]),
+    (["--mask-ratio-min", "1"], ["mask_ratio_min is 1.0", "below 1"]),
+    (["--ema", "1"], ["ema is 1.0"]),
+    (["--kl-weight", "-1"], ["kl_weight is -1.0"]),
+    (["--disc-layers", "5"], ["24 pixels", "disc_layers 5"]),
+    (["--lpips", "no/such"], ["no/such", "is no file"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_mar_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import mar
+    monkeypatch.chdir(tmp_path)
+    fails(mar, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["sample", "--sample-steps", "17"], ["sample_steps 17", "there are 16"]),
+    (["sample", "--denoise-steps", "1001"], ["denoise_steps 1001"]),
+    (["sample", "--labels", "nine"], ["nine", "circle"]),
+    (["sample", "--guidance", "nan"], ["guidance is nan"]),
+    (["sample", "--temperature", "-1"], ["temperature is -1"]),
+    (["sample", "--clip-x0", "-1"], ["clip_x0 is -1"]),
+    (["inpaint"], ["--box"]),
+    (["inpaint", "--box", "4", "4", "8", "2"], ["box 4 4 8 2", "8 x 8"]),
+    (["inpaint", "--box", "0", "0", "8", "7"], ["leaves nothing known"]),
+    (["complete", "no.png"], ["no.png"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_mar_verbs(fails, trained_mar, words, says):
+    module, run, _ = trained_mar
+    fails(module, words[0], run, *words[1:], says=says)
+
+
+def test_mar_guidance_without_label_dropout(fails, trained_mar):
+    module, _, alone = trained_mar
+    fails(module, "sample", alone, "--guidance", "2", says=["guidance", "--label-dropout"])
+
+
+def test_mar_latents_of_another_tokenizer(fails, trained_mar, tmp_path):
+    """latents.npz of another run, and half of one: resume says so, and goes on when it is deleted. Planted: the shape compared alone."""
+    module, run, alone = trained_mar
+    run = shutil.copytree(run, tmp_path / "run")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["objects"]["tokenizer"]["quant_conv.bias"] += 1
+    torch.save(state, run / "checkpoint.pt")
+    fails(module, "train", "--resume", run, says=["latents.npz was made by another tokenizer", "delete it"])
+    path = run / "latents.npz"
+    path.write_bytes(path.read_bytes()[:1000])
+    fails(module, "train", "--resume", run, says=["latents.npz is damaged", "delete it"])
+    path.unlink()
+    module.main(["train", "--resume", str(run)])
+    assert path.stat().st_size > 1000
+
+
+def test_mar_official_files(fails, trained_mar, tmp_path, monkeypatch):
+    """Missing, damaged, another paper's, in the wrong order, alone, of other latents. Planted: no comparison of the channels."""
+    from conftest import CASES
+    module, run, _ = trained_mar
+    monkeypatch.chdir(tmp_path)
+    config = module.Config(**CASES["mar-class"][1] | dict(ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), image_size=64, buffer=64, disc_weight=0.0))
+    save = lambda module, name: torch.save({"model": {k: v for k, v in module.state_dict().items() if not k.startswith("latent_")}}, name)
+    (tmp_path / "noise.pth").write_bytes(b"noise" * 99)
+    save(module.build_tokenizer(config), "vae.pth")
+    save(module.build_tokenizer(dataclasses.replace(config, latent_dim=5)), "wide.pth")
+    save(module.build_prior(config), "mar.pth")
+    torch.save({"a": torch.zeros(3)}, "other.pth")
+    fails(module, "sample", "--official", "none.pth", "mar.pth", says=["none.pth cannot be read"])
+    fails(module, "sample", "--official", "noise.pth", "mar.pth", says=["noise.pth cannot be read"])
+    fails(module, "sample", "--official", "other.pth", "mar.pth", says=["other.pth is no model of this paper"])
+    fails(module, "sample", "--official", "vae.pth", says=["--official takes the tokenizer, then a transformer"])
+    fails(module, "sample", "--official", "mar.pth", "vae.pth", says=["mar.pth is no AutoencoderKL", "first"])
+    fails(module, "sample", run, "--official", "vae.pth", "mar.pth", says=["one of them"])
+    fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
+    fails(module, "sample", "--official", "wide.pth", "mar.pth", says=["mar.pth reads latents of 3 channels", "makes 5"])

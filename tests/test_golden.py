@@ -4,6 +4,7 @@ Every <file>_<part>_<anything>.json in tests/golden/, or in the folder named by 
 <file>_<part>. A check builds the model from the sizes in the file, never from sizes of its own, and returns everything it can
 compute; a recorded output that it does not return fails, unless LEFT_OUT gives the reason.
 """
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
 from golden import check, fill, make_input  # noqa: E402
 
+import mar  # noqa: E402
 import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
 import rqvae  # noqa: E402
@@ -40,6 +43,7 @@ LEFT_OUT = {   # part: {recorded output: why no check computes it}
         "the file holds the raster order alone, which all releases use"),
     "vqgan_gpt_sliding": dict.fromkeys(
         ("scene/16", "scene/24", "scene/32", "scene/45"), "windows of the scene models (bounding boxes), which the file does not hold"),
+    "mar_diffloss": {"times/ddim": "a sampler that the release holds and never calls; the file does not hold it"},
 }
 CHECKS = {}    # part: function(golden file as a dict, inputs) -> {output name: array}
 
@@ -154,10 +158,10 @@ def recorded(net, names, prefix=""):
         hook.remove()
 
 
-def grads(net, loss, prefix, names):
-    """{prefix + name: gradient of 1000 * loss} of the parameters among names."""
+def grads(net, loss, prefix, names, factor=1000):
+    """{prefix + name: gradient of factor * loss} of the parameters among names."""
     net.zero_grad()
-    (1000 * loss).backward(retain_graph=True)
+    (factor * loss).backward(retain_graph=True)
     return {prefix + name: p.grad.clone() for name, p in net.named_parameters() if prefix + name in names}
 
 
@@ -977,6 +981,137 @@ def var_transformer(golden, inputs):
             if name == "edit":
                 side = net.config.scales[k]
                 out[f"edit/stage{k}/keep"] = q.split(keep[None])[k].view(1, side, side).expand(len(label), -1, -1).float()
+    return out
+
+
+@checks("mar_vae")
+def mar_vae(golden, inputs):
+    wanted, net = golden["outputs"], mar.from_official(params_of(golden), golden["config"])
+    with recorded(net, wanted) as out:
+        posterior = net.posterior(inputs["image"])
+    moments = net.quant_conv(out["encoder"])
+    with recorded(net, [name[7:] for name in wanted if name.startswith("decode/")], "decode/") as decoded:
+        z = net.normalise(inputs["latent"])
+        decoded["decode/rec"] = net.decode(z)
+    sample = posterior.sample(inputs["noise"])
+    rec = net.decode(net.encode(inputs["image"], inputs["noise"]))
+    out |= decoded | {"moments": moments, "mean": posterior.mean, "logvar": posterior.log_variance, "std": (0.5 * posterior.log_variance).exp(),
+                      "sample": sample, "kl": posterior.kl(), "nll": posterior.nll(inputs["latent"]), "scaled_sample": net.encode(inputs["image"], inputs["noise"]),
+                      "moments_flip": net.quant_conv(net.encoder(inputs["image"].flip(3))), "clamp/logvar": mar.Posterior(100 * moments).log_variance,
+                      "rec_mode": net.decode(net.encode(inputs["image"])), "rec_sample": rec}
+    loss = (rec * inputs["probe"]).mean() + 1e-3 * posterior.kl().mean()
+    out |= {"train/loss": loss, **grads(net, loss, "train/grad/", wanted)}
+    return out | {name: net.get_submodule(name[5:])(0.001 * inputs["tiny"]) for name in wanted if name.startswith("tiny/")}
+
+
+def damped(diffloss, damp):
+    """The last layer times damp, as the notes say: untrained, it would give x0 of 1e4."""
+    diffloss.net.final_layer.linear.weight.data *= damp
+    diffloss.net.final_layer.linear.bias.data *= damp
+
+
+@checks("mar_diffloss")
+def mar_diffloss(golden, inputs):
+    wanted, c, given = golden["outputs"], golden["config"], golden["given"]
+    head = mar.DiffLoss(c["target_channels"], c["z_channels"], c["width"], c["depth"])
+    head.load_state_dict(params_of(golden))
+    net, t, mask = head.net, torch.tensor(given["t"]), torch.tensor(given["mask"])
+    out, chains = {}, {"train": head.chain} | {f"gen{S or ''}": mar.Chain.respaced(S or int(c["num_sampling_steps"])) for S in (0, 100, 250, 50)}
+    official = {"log_betas": "log_beta", "posterior_log_variance_clipped": "log_variance", "posterior_mean_coef1": "coef1", "posterior_mean_coef2": "coef2"}
+    for name, chain in chains.items():
+        out |= {f"{name}/{theirs}": chain.tables[ours] for theirs, ours in official.items()}
+        out |= {f"{name}/log_alphas_cumprod": 2 * chain.tables["signal"].log(), f"{name}/timestep_map": chain.times}
+    x, z, eps = inputs["x"], inputs["z"].clone().requires_grad_(), inputs["eps"]
+    out |= {"time_embedding": net.time_embed.waves(t), "x_t": head.chain.noised(x, t, eps)}
+    with recorded(net, [name[4:] for name in wanted if name.startswith("net/")], "net/") as inside:
+        mse, vb = head.loss(x, z, t, eps)
+    out |= inside
+    y = net.time_embed(t) + net.cond_embed(z)
+    out["net/eps"], out["net/v"] = net(out["x_t"], y)
+    loss = ((mse + vb) * mask).sum() / mask.sum()
+    out |= {"loss/mse": mse, "loss/vb": vb, "loss/loss": mse + vb, "loss/masked": loss, "loss/unmasked": (mse + vb).mean()}
+    out |= grads(head, loss, "grad/", wanted, 100) | {"grad/z": z.grad}
+    tiny = 0.001 * inputs["tiny"]
+    for name in wanted:
+        if name.startswith("tiny/"):
+            out[name] = net.get_submodule(name[5:])(tiny, y[:len(tiny)])
+    chain = chains["gen"]
+    for i, time in enumerate(chain.times):
+        where = torch.full((len(x),), i)
+        eps_v = head.predict(inputs["x_step"], net.time_embed(time[None]) + net.cond_embed(z))
+        out |= dict(zip((f"step{i}/mean", f"step{i}/log_variance", f"step{i}/pred_xstart"), chain.back(inputs["x_step"], where, *eps_v)))
+        out[f"step{i}/sample"] = chain.step(inputs["x_step"], i, *eps_v, inputs["noise_step"], given["temperature"])
+    both = torch.cat([z, inputs["z_uncond"]])
+    out["cfg/eps"], out["cfg/v"] = head.predict(inputs["x_step"], net.time_embed(t).repeat(2, 1) + net.cond_embed(both), given["cfg"])
+    settings = {"t1": {}, "temp": dict(temperature=given["temperature"]),
+                "cfg": dict(z_null=inputs["z_uncond"], guidance=given["cfg"], temperature=given["temperature"])}
+
+    def sampled(chain, draws, damp, more):
+        noise = iter([damp * draws[0], *draws[1:]])
+        return head.sample(inputs["z"], chain=chain, draw=lambda *shape: next(noise), **more)
+    out |= {f"times/{name}": sampled(mar.Chain(given["times"]), inputs["draws_times"], 1, more) for name, more in settings.items()}
+    damped(head, given["damp"])
+    out |= {f"sample/{name}": sampled(chain, inputs["draws"], given["damp"], more) for name, more in settings.items()}
+    return out | {"sample100/cfg": sampled(chains["gen100"], inputs["draws100"], given["damp"], settings["cfg"])}
+
+
+@checks("mar_transformer")
+def mar_transformer(golden, inputs):
+    wanted, c, given = golden["outputs"], golden["config"], golden["given"]
+    net = mar.from_official(params_of(golden), c)
+    labels, orders = inputs["labels"].long(), inputs["order_keys"].argsort(1)
+    tokens, mask = mar.patchify(inputs["latents"], c["patch_size"]), orders.argsort(1) < given["num_masked"]
+    entered = {}
+    hooks = [getattr(net, f"{part}_blocks")[0].register_forward_pre_hook(lambda module, args, part=part: entered.setdefault(f"{part}_in", args[0]))
+             for part in ("encoder", "decoder")]
+    with recorded(net, wanted) as out:
+        z = net(tokens, labels, mask)
+    for hook in hooks:
+        hook.remove()
+    dropped = torch.cat([torch.full_like(labels[:1], c["class_num"]), labels[1:]])
+    out |= entered | {"orders": orders, "tokens": tokens, "patch2/tokens": mar.patchify(inputs["latents"], 2), "mask": mask.float(), "z": z,
+                      "z_fake": net(tokens, None, mask), "z_all_masked": net(tokens, labels), "z_train_first_dropped": net(tokens, dropped, mask)}
+    assert torch.equal(mar.unpatchify(mar.patchify(inputs["latents"], 2), 2), inputs["latents"])
+    tiled = lambda x: x.unflatten(0, (c["diffusion_batch_mul"], *tokens.shape[:2])).transpose(0, 1)
+    out["loss"] = net.loss(tokens, labels, mask, tiled(inputs["t"].long()), tiled(inputs["eps"]))[0]
+    out |= grads(net, out["loss"], "grad/", wanted, 100)
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert sorted(names[id(p)] for p in mar.parameter_groups(net)[0]["params"]) == sorted(given["decayed"])
+    out |= {name: net.get_submodule(name[5:])(0.001 * inputs["tiny"]) for name in wanted if name.startswith("tiny/")}
+    damped(net.diffloss, given["damp"])
+    plain = argparse.Namespace(config=net.config, decode=lambda latents: latents)
+    for name in (name for name in given if name.startswith("gen/")):
+        g, trace = given[name], []
+        draws = [inputs[f"draws_n{g['num_iter']}_step{s}"] for s in range(g["num_iter"])]
+        noise = iter([x for d in draws for x in (given["damp"] * d[0], *d[1:])])
+        mar.sample(plain, net, torch.full_like(labels, c["class_num"]) if "unlabelled" in name else labels, sample_steps=g["num_iter"],
+                   denoise_steps=int(c["num_sampling_steps"]), temperature=g["temperature"], guidance=g["cfg"], guidance_schedule=g["cfg_schedule"],
+                   order=orders, draw=lambda *shape, noise=noise: next(noise), trace=trace)
+        assert [int(step["chosen"][0].sum()) for step in trace] == g["tokens_per_step"]
+        assert [step["guidance"] for step in trace] == pytest.approx(g["cfg_per_step"])
+        out[f"{name}/latents"] = mar.unpatchify(trace[-1]["tokens"], c["patch_size"])
+        for s, step in enumerate(trace):
+            z, *fake = step["z"].split(int(step["chosen"].sum()))
+            out |= {f"{name}/step{s}/z": z, f"{name}/step{s}/sampled": step["drawn"]} | ({f"{name}/step{s}/z_fake": fake[0]} if fake else {})
+    return out
+
+
+@checks("mar_schedules")
+def mar_schedules(golden, inputs):
+    c, out = golden["config"], {}
+    for N in c["num_iter"]:
+        left, guidance = zip(*mar.schedule(c["seq_len"], N, c["cfg"]))
+        assert list(left) == golden["given"][f"masked_after_step_n{N}"]
+        out |= {f"n{N}/masked_after_step": torch.tensor(left), f"n{N}/cfg_linear": torch.tensor(guidance)}
+    ratio = mar.mask_ratio((torch.arange(64, dtype=torch.float64) + 0.5) / 64, c["mask_ratio_min"])
+    fine = mar.mask_ratio((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000, c["mask_ratio_min"])
+    out |= {"mask_ratio_quantiles": ratio, "num_masked_quantiles": (c["seq_len"] * ratio).ceil(), "mask_ratio_mean": fine.mean()}
+    for name, cosine in (("lr_constant", False), ("lr_cosine", True)):
+        rates = [mar.learning_rate(k * c["epochs"] / 64, c["epochs"], c["lr"], c["warmup_epochs"], cosine, c["min_lr"]) for k in range(64)]
+        out[name] = 1e4 * torch.tensor(rates)
+    for i, (*_, size) in enumerate(c["crops"]):
+        image = Image.fromarray(inputs[f"crop{i}"].numpy().astype(np.uint8))
+        out[f"crop{i}"] = torch.from_numpy(np.asarray(mar.center_crop(image, size)).astype(np.float32))
     return out
 
 

@@ -9,7 +9,11 @@ def test_tokens_are_in_range_and_decode_to_images(case):
     tokenizer, _ = case.build()
     images, _ = case.images()
     tokens = tokenizer.encode(images)
-    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < case.V
+    if case.continuous:
+        side = case.config.image_size // case.config.f
+        assert tokens.dtype == torch.float32 and tokens.shape == (len(images), case.config.latent_dim, side, side)
+    else:
+        assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < case.V
     decoded = tokenizer.decode(tokens)
     assert decoded.shape == images.shape
     if list(tokenizer.parameters()):                                    # a decoder may overshoot; sample() clamps
@@ -33,9 +37,10 @@ def test_logits_have_the_documented_shape(case):
     """Planted: colours and levels swapped in the final view (shape then differs for V != C)."""
     tokenizer, prior = case.build()
     images, labels = case.images(3)
-    tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)
+    tokens, labels = case.tokens(tokenizer, images), case.condition(labels)
     logits = prior(tokens, labels)
-    assert logits.shape == (3, tokens.shape[1], case.V) and logits.dtype == torch.float32
+    width = case.config.decoder_width if case.continuous else case.V
+    assert logits.shape == (3, tokens.shape[1], width) and logits.dtype == torch.float32
     loss, metrics = prior.loss(tokens, labels)
     assert loss.shape == () and all(torch.as_tensor(value).shape == () for value in metrics.values())
 
@@ -46,7 +51,7 @@ def test_logits_ignore_their_own_and_later_tokens(case):
     Planted: mask B in the first layer; residual around the first gated layer; vertical stack that shows its own row;
     i <= o at the centre of mask A; the last view with colours first.
     """
-    if case.masked:
+    if case.masked or case.continuous:
         pytest.skip("sees all that is not masked")
     tokenizer, prior = case.build()
     images, labels = case.images(1)
@@ -92,7 +97,7 @@ def test_labels_matter_and_no_class_is_no_term(case):
     if not case.config.num_classes:
         pytest.skip("unconditional")
     tokenizer, prior = case.build()
-    tokens = tokenizer.encode(case.images(1)[0]).flatten(1)
+    tokens = case.tokens(tokenizer, case.images(1)[0])
     logits = [prior(tokens, torch.tensor([label])) for label in (0, 1, case.config.num_classes)]
     assert not torch.equal(logits[0], logits[1])
     assert torch.equal(logits[2], prior(tokens, None))
@@ -113,6 +118,8 @@ def test_sampler_sees_what_training_sees(case):
 
     Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete.
     """
+    if case.continuous:
+        pytest.skip("no codes: tests/test_mar.py")
     tokenizer, prior = case.build()
     trace, labels = [], case.condition(torch.zeros(2, dtype=torch.long))
     case.module.sample(tokenizer.double(), prior.double(), labels, generator=torch.Generator().manual_seed(0), trace=trace)
@@ -129,6 +136,8 @@ def test_sampler_sees_what_training_sees(case):
 
 def test_low_temperature_draws_the_most_likely_token(case):
     """Planted: temperature multiplies the logits."""
+    if case.continuous:
+        pytest.skip("no codes: tests/test_mar.py")
     tokenizer, prior = case.build()
     trace = []
     labels = case.condition(torch.zeros(1, dtype=torch.long))
@@ -148,6 +157,8 @@ def test_low_temperature_draws_the_most_likely_token(case):
 @pytest.mark.parametrize("more", [0, 5])
 def test_sampling_keeps_known_tokens(case, more):
     """Half the image known, and some tokens of the next row. Planted: known tokens overwritten by the first draw."""
+    if case.continuous:
+        pytest.skip("no codes: tests/test_mar.py")
     tokenizer, prior = case.build()
     tokens = tokenizer.encode(case.images()[0]).flatten(1)
     trace, n = [], tokens.shape[1] // 2 + more
@@ -168,6 +179,8 @@ def test_sampling_keeps_known_tokens(case, more):
 
 def test_one_batch_is_learned_by_heart(case):
     """Planted: loss on shifted targets (cannot fall this far); a detached logit."""
+    if case.continuous:
+        pytest.skip("no codes: tests/test_mar.py")
     tokenizer, prior = case.build()
     images, labels = case.images(4)
     tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)

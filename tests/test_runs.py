@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class", "var-class"}        # for slow tests: one variant of each file
+ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class", "var-class", "mar-class"}        # for slow tests: one variant of each file
 
 # of code that is a declared copy in all files (class Run, main): a file with one stage, and one with two
 COPIED = {"pixelcnn-gated", "maskgit-class"}
@@ -186,9 +186,39 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(case, tmp_path, fa
     assert all(value.isfinite().all() for value in state["objects"]["prior"].values())
 
 
+def test_training_recipe(case, tmp_path, monkeypatch):
+    """The first steps as the config says them: labels dropped at their rate, gradients cut to `clip`, the paper's betas, the first
+    discriminator's step. Planted: labels never or inversely dropped; no clipping; Adam's default betas; the GAN from step 0."""
+    betas = {"maskgit-class": (0.9, 0.96), "var-class": (0.9, 0.95), "mar-class": (0.9, 0.95)}
+    only(case, betas)
+    m, config = case.module, dataclasses.replace(case.config, clip=0.01, label_dropout=0.3, train_steps_prior=40, batch_size_prior=32, train_images=50)
+    seen, norms, made = [], [], []
+    data, run = m.load_data(config), m.Run(tmp_path / "run", config, case.module.load_data(config).classes)
+    Prior, name = type(case.build()[1]), "losses" if case.continuous else "loss"
+    original, adamw = getattr(Prior, name), torch.optim.AdamW
+
+    class AdamW(adamw):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self.param_groups[0]["betas"])
+
+        def step(self, *args, **kwargs):
+            norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+            return super().step(*args, **kwargs)
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    monkeypatch.setattr(Prior, name, lambda self, tokens, labels, *more: seen.append(labels) or original(self, tokens, labels, *more))
+    m.train_prior(config, data, run, m.train_tokenizer(config, data, run))
+    dropped = (torch.cat(seen) == config.num_classes).float().mean()
+    assert 0.25 < dropped < 0.35 and made == [betas[case.name]]
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+    if case.name != "maskgit-class":                                    # there both losses are in one row
+        rows = [row["step"] for row in run.state["metrics"] if row["stage"] == "discriminator"]
+        assert rows == list(range(config.disc_start, config.train_steps_tokenizer))
+
+
 def test_compile_compiles_what_training_calls(case, tmp_path, monkeypatch):
     """Planted: prior.compile(), which compiles forward, which training does not call."""
-    compiled = {"rqvae-class": ["loss"], "maskgit-class": ["loss"], "var-class": ["logits"]}      # var's loss takes numbers that change
+    compiled = {"rqvae-class": ["loss"], "maskgit-class": ["loss"], "var-class": ["logits"], "mar-class": ["losses"]}      # var's loss takes numbers that change
     only(case, compiled)
     calls, module = [], case.module
     monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
@@ -212,7 +242,7 @@ def test_compile_leaves_the_moving_codebook_alone(case, tmp_path, monkeypatch):
 def test_two_processes_equal_one(case, tmp_path):
     """torchrun with two gloo processes, the same global batch: equal losses to 1e-5. Planted: gradients summed, not averaged;
     every process takes the whole batch's first half."""
-    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start", "var-start"})         # binary: its data step is random too; start: BatchNorm's statistics are
+    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start", "var-start", "mar-start"})         # binary: its data step is random too; start: BatchNorm's statistics are
     # each process's own, as in the release, so the variant without a discriminator
     process = start(case, "--nproc-per-node", 2, "--master-port", 29517, case.module.__file__, "train", *case.flags(),
                     "--out", tmp_path / "two", code="from torch.distributed.run import main; main()")
@@ -244,5 +274,6 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
         assert samples.dtype == np.uint8 and samples.shape == (3, case.config.image_size, case.config.image_size, 3)
     assert (run / "curves.png").stat().st_size > 1000 and (run / "reconstructions.png").exists()
     report = json.loads((run / "report.json").read_text())
-    for key in ("nats_per_token", "psnr", "codebook_use", "perplexity", "samples_per_second", "parameters", "peak_memory_mib", "train_seconds"):
+    said = ("diffusion_loss", "kl_nats_per_image") if case.continuous else ("nats_per_token", "codebook_use", "perplexity")
+    for key in ("psnr", "samples_per_second", "parameters", "peak_memory_mib", "train_seconds", *said):
         assert report[key] is not None and report[key] >= 0, key

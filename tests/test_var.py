@@ -94,6 +94,28 @@ def test_moving_codebook(decay, restart):
         assert torch.equal(q.indices(f), q.eval().indices(f))
 
 
+def test_codes_are_running_means_and_start_anew_where_idle():
+    """By hand, for one code; a code moves after exactly `restart` steps without use. Planted: decay and 1 - decay exchanged; one step late."""
+    q = MultiScaleQuantizer((1, 2), 4, 2, decay=0.9, restart=3)
+    z = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    count, total = q.count.clone(), q.total.clone()
+    q.update(z, torch.tensor([1, 1]), torch.Generator().manual_seed(0))
+    count = 0.9 * count + 0.1 * torch.tensor([0.0, 2, 0, 0])
+    total = 0.9 * total + 0.1 * torch.tensor([[0.0, 0], [4, 6], [0, 0], [0, 0]])
+    torch.testing.assert_close(q.embedding.weight.data, total / count[:, None], rtol=1e-3, atol=1e-5)
+    for step in range(2):
+        assert not any(torch.equal(code, row) for code in q.embedding.weight[[0, 2, 3]] for row in z)
+        q.update(z, torch.tensor([1, 1]), torch.Generator().manual_seed(step))
+    assert all(any(torch.equal(code, row) for row in z) for code in q.embedding.weight[[0, 2, 3]]) and q.idle.tolist() == [0, 0, 0, 0]
+
+
+def test_top_p_keeps_what_reaches_p():
+    """Sums that hit p exactly end there (binary fractions: no rounding). Planted: > for >=."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    for p, kept in ((0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (1.0, 4)):
+        assert int(var.filter_logits(logits, top_p=p).isfinite().sum()) == kept
+
+
 # --- transformer
 
 @pytest.mark.parametrize("name", ["var-class", "var-start"])
