@@ -79,6 +79,20 @@ def test_patches_come_back(p):
     assert torch.equal(tokens[0, 1, :p], latents[0, 0, 0, p:2 * p])             # the second token, its first channel's first row
 
 
+def test_generator_loss_is_latent_diffusions():
+    """Sums over an image, LPIPS's number at each pixel of each channel. Planted: means; LPIPS added once; the GAN's sign."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, kl_weight=0.01, perceptual_weight=2.0, disc_weight=0.4)
+    images, last = torch.randn(2, 3, 8, 8), torch.nn.Parameter(torch.randn(2, 3, 8, 8))
+    again, judge = images + 0.1 * last, lambda x: x.square().mean((1, 2, 3))
+    nll, g = (images - again).abs().sum() / 2, -judge(again).mean()
+    torch.testing.assert_close(mar.generator_loss(config, images, again, torch.tensor(5.0), last)[0], nll + 0.05)
+    a, b = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (nll, g))
+    torch.testing.assert_close(mar.generator_loss(config, images, again, torch.tensor(5.0), last, None, judge)[0], nll + 0.05 + 0.4 * a / (b + 1e-4) * g)
+    lpips = lambda x, y: torch.tensor([1.0, 3.0])[:, None, None, None]
+    torch.testing.assert_close(mar.generator_loss(config, images, again, torch.tensor(5.0), last, lpips)[0], nll + 2.0 * 2.0 * 192 + 0.05)
+
+
 # --- transformer
 
 def test_masked_latents_never_leak():

@@ -116,6 +116,34 @@ def test_top_p_keeps_what_reaches_p():
         assert int(var.filter_logits(logits, top_p=p).isfinite().sum()) == kept
 
 
+def test_generator_loss_is_its_formula():
+    """Written out, with the GAN's term and its adaptive weight. Planted: l1 left out; codebook_weight ignored; the GAN's sign."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, l1_weight=0.3, codebook_weight=0.7, disc_weight=0.4)
+    images, last = torch.randn(2, 3, 8, 8), torch.nn.Parameter(torch.randn(3, 3, 8, 8)[:2])
+    again, judge = images + 0.1 * last, lambda x: x.square().mean((1, 2, 3))
+    loss, metrics = var.generator_loss(config, images, again, torch.tensor(2.0), last, None, judge)
+    nll, g = F.mse_loss(again, images) + 0.3 * F.l1_loss(again, images), -judge(again).mean()
+    a, b = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (nll, g))
+    torch.testing.assert_close(loss, nll + 0.7 * 2.0 + 0.4 * a / (b + 1e-4) * g)
+    plain, _ = var.generator_loss(config, images, again, torch.tensor(2.0), last)
+    torch.testing.assert_close(plain, nll + 0.7 * 2.0)
+    lpips = lambda x, y: torch.full((2, 1, 1, 1), 5.0)
+    torch.testing.assert_close(var.generator_loss(config, images, again, torch.tensor(2.0), last, lpips)[0], nll + config.perceptual_weight * 5.0 + 0.7 * 2.0)
+
+
+def test_discriminator_learns_to_tell_real_from_fake(tmp_path, monkeypatch):
+    """Real ones get the larger logits, and it sees reconstructions of the same images. Planted: real and fake exchanged; ascent."""
+    config = dataclasses.replace(TINY, disc_start=0, train_steps_tokenizer=40, batch_size=16, lr_tokenizer=3e-3, restart=0)
+    monkeypatch.setattr(var, "generator_loss", lambda *args: (0 * args[2].sum(), {}))           # the autoencoder stays bad
+    data = var.load_data(config)
+    run = var.Run(tmp_path / "run", config, data.classes)
+    var.train_tokenizer(config, data, run)
+    rows = [row for row in run.state["metrics"] if row["stage"] == "discriminator"]
+    last = rows[-5:]
+    assert sum(row["logits_real"] - row["logits_fake"] for row in last) / 5 > 0.5 and last[-1]["loss"] < rows[0]["loss"]
+
+
 # --- transformer
 
 @pytest.mark.parametrize("name", ["var-class", "var-start"])
@@ -280,6 +308,9 @@ def test_kept_tokens():
     assert keep[1:5].tolist() == [True, False, True, True]
     around = kept_tokens((0, 16, 16, 16), scales, 32, inside=True)
     assert around[0] and torch.equal(around[-64:], ~keep[-64:])
+    assert kept_tokens((3, 0, 6, 32), scales, 32)[-64:].view(8, 8)[:, 0].tolist() == [True, False, *[True] * 6]         # rounded, 0.75 and 2.25
+    half = kept_tokens((0, 0, 16, 32), (1, 3, 4), 32)                           # the 3 x 3 map's middle row is half kept: drawn
+    assert half[1:10].view(3, 3)[:, 0].tolist() == [False, False, True]
     for box in ((0, 0, 33, 8), (-1, 0, 8, 8), (0, 0, 0, 8), (30, 0, 4, 4)):
         with pytest.raises(UserError, match="does not lie in a picture of 32 x 32"):
             kept_tokens(box, scales, 32)
@@ -297,6 +328,40 @@ def test_edit_keeps_what_is_kept():
     tokens, given = torch.cat([step["tokens"] for step in trace], 1), tokenizer.encode(images)
     assert torch.equal(tokens[:, keep], given[:, keep]) and not torch.equal(tokens, given) and drawn.shape == images.shape
     torch.testing.assert_close(drawn, tokenizer.decode(tokens).clamp(-1, 1))
+
+
+def test_verbs_tell_the_class_that_is_asked_for(tmp_path, monkeypatch):
+    """inpaint: none; complete: the images' own; replace: --labels. Planted: labels left out; the test images' for inpaint."""
+    config = dataclasses.replace(TINY, train_steps_tokenizer=1, train_steps_prior=1)
+    data, seen = var.load_data(config), []
+    run = var.Run(tmp_path / "run", config, data.classes)
+    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
+    monkeypatch.setattr(var, "edit", lambda tokenizer, prior, images, keep, labels, **more: seen.extend(labels.tolist()) or images)
+    for verb, more, want in (("inpaint", [], [9] * 8), ("complete", [], data.test[1][:8].tolist()), ("replace", ["--labels", "3"], [3] * 8)):
+        seen.clear()
+        var.main([verb, str(tmp_path / "run"), "--num", "1", *([] if verb == "complete" else ["--box", "0", "0", "4", "4"]), *more])
+        assert seen == want
+
+
+def test_evaluate_measures_what_it_says(tmp_path):
+    """Against the same by hand. Planted: the last map's picture for all scales; the batch's mean not weighted by its size."""
+    config = dataclasses.replace(TINY, train_steps_tokenizer=1, train_steps_prior=1, image_size=8)
+    data = var.load_data(config)
+    run = var.Run(tmp_path / "run", config, data.classes)
+    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
+    var.at_once, before = (lambda config: 7), var.at_once                       # 30 images in uneven parts
+    try:
+        var.main(["evaluate", str(tmp_path / "run")])
+    finally:
+        var.at_once = before
+    report, (_, tokenizer, prior) = json.loads((tmp_path / "run" / "report.json").read_text()), var.load_run(tmp_path / "run")
+    x, y = data.test[0] / 127.5 - 1, data.test[1]
+    with torch.no_grad():
+        tokens = tokenizer.encode(x)
+        quality = [var.psnr(x, tokenizer.decode(tokens, k + 1).clamp(-1, 1)).mean().item() for k in range(3)]
+        nats = var.bind(prior, tokenizer).loss(tokens, y)[1]
+    assert report["psnr_by_scale"] == pytest.approx(quality, rel=1e-4) and report["psnr"] == pytest.approx(quality[-1], rel=1e-4)
+    assert report["nats_per_token"] == pytest.approx(nats["nats"].item(), rel=1e-4) and report["accuracy"] == pytest.approx(nats["accuracy"].item(), rel=1e-4)
 
 
 def test_trace_shows_every_scale():
