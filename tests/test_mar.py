@@ -150,6 +150,16 @@ def test_mask_ratio_is_a_cut_normal_distribution():
     torch.testing.assert_close(mar.mask_ratio(u), torch.quantile(draws[:100_000], u), atol=3e-3, rtol=0)
 
 
+@pytest.mark.parametrize("power", [1.0, 0.35])
+def test_noise_levels_follow_their_power(power):
+    """Quantiles of 1000 u^power, never 1000. Planted: the exponent's inverse; no clamp."""
+    prior = MAR(dataclasses.replace(TINY, level_power=power))
+    t = torch.cat([prior.draws(500, torch.Generator().manual_seed(seed))[1].flatten() for seed in range(3)]).float()
+    assert 0 <= t.min() and t.max() == 999
+    u = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(torch.quantile(t, u), 1000 * u ** power, rtol=0.03, atol=3.0)
+
+
 def test_labels_are_the_buffer():
     """None and num_classes are the same, and no class. Planted: the last class for "no class"."""
     _, prior = build()
