@@ -1893,14 +1893,18 @@ def replace_command(args, run, tokenizer, prior):
     edit_images(args, run, tokenizer, prior, args.box, False, "replaced.png")
 
 
-# Copied from rqvae.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
-    images, _ = read_photos(args, run, 32)
-    again = torch.cat([tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu()
-                       for part in images.split(8)])
-    print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
-    show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
+    """Each row: an image, then what its first map says of it, its first two, ... all."""
+    (images, _), K, rows = read_photos(args, run, 8), len(run.config.scales), []
+    for part in images.split(8):
+        tokens = tokenizer.encode(part.to(run.device))
+        again = [tokenizer.decode_latents(f_hat).clamp(-1, 1).cpu() for f_hat in tokenizer.quantize.sums(tokens)]
+        rows.append(torch.stack([part, *again], 1))
+    rows = torch.cat(rows)
+    for k in range(K):
+        print(f"PSNR in dB after {k + 1} maps:", *(f"{value:.1f}" for value in psnr(images, rows[:, k + 1])))
+    show(args, run, rows.flatten(0, 1), "reconstructions.png", K + 1, "sample")
 
 
 @torch.no_grad()
@@ -1972,7 +1976,7 @@ VERBS = {   # name: (function, help, flags)
     "inpaint": (inpaint_command, "draw a box of images anew", f"{EDIT} --box"),
     "outpaint": (outpaint_command, "draw all around a box of images anew", f"{EDIT} --box"),
     "replace": (replace_command, "draw a box of images anew, as another class", f"{EDIT} --box"),
-    "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
+    "reconstruct": (reconstruct_command, "images through the tokenizer, after 1, 2, ... all maps, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",
                  "run --data-dir")}

@@ -267,6 +267,42 @@ def test_progressive_learning_rate_is_the_releases():
     assert rates == pytest.approx({500: 0.917, 1500: 0.752, 2000: 0.505, 2999: 0.01}, abs=0.004)
 
 
+def test_training_follows_its_schedules(tmp_path, monkeypatch):
+    """Every step's learning rate, weight decay, scales and weight of the newest are the functions'. Planted: rates never set; scales
+    not passed on."""
+    config = dataclasses.replace(TINY, progressive=0.6, progressive_start=0, warmup=5, train_steps_prior=40, train_steps_tokenizer=1, weight_decay_end=0.1)
+    data, rates, asked = var.load_data(config), [], []
+    run = var.Run(tmp_path / "run", config, data.classes)
+    loss, step = VAR.loss, torch.optim.AdamW.step
+    monkeypatch.setattr(VAR, "loss", lambda self, tokens, labels, *more: asked.append(more) or loss(self, tokens, labels, *more))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: rates.append([(g["lr"], g["weight_decay"]) for g in self.param_groups]) or step(self, *args))
+    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
+    assert asked == [var.curriculum(config, n) for n in range(40)] and len({scales for scales, _ in asked}) == 3
+    for n, (first, second) in enumerate(rates):
+        rate, decay = var.lr_and_decay(n, 40, 5, config.lr_end, config.weight_decay, 0.1, 0.6)
+        assert first == pytest.approx((config.lr_prior * rate, decay)) and second == pytest.approx((config.lr_prior * rate, 0.0))
+
+
+def test_flags_reach_the_sampler(tmp_path, monkeypatch):
+    """Planted: --smooth dropped; --official with the run's settings in place of the release's."""
+    config = dataclasses.replace(TINY, ch=32, groups=32, codebook_ema=0.0, restart=0, train_steps_tokenizer=1, train_steps_prior=1)
+    data, seen = var.load_data(config), []
+    run = var.Run(tmp_path / "run", config, data.classes)
+    prior = var.train_prior(config, data, run, tokenizer := var.train_tokenizer(config, data, run))
+    monkeypatch.setattr(var, "sample", lambda tokenizer, prior, labels, **more: seen.append(more) or torch.zeros(len(labels), 3, 8, 8))
+    flags = ["--smooth", "--top-k", "3", "--top-p", "0.5", "--temperature", "0.7", "--guidance", "4"]
+    var.main(["sample", str(tmp_path / "run"), "--num", "1", *flags])
+    given = {name: seen[0][name] for name in ("smooth", "top_k", "top_p", "temperature", "guidance")}
+    assert given == dict(smooth=True, top_k=3, top_p=0.5, temperature=0.7, guidance=4.0)
+    monkeypatch.setitem(var.SCALES, 256, (1, 2, 4))
+    monkeypatch.chdir(tmp_path)
+    torch.save(tokenizer.state_dict(), "vae.pth")
+    torch.save(prior.state_dict(), "var.pth")
+    var.main(["sample", "--official", "vae.pth", "var.pth", "--num", "1"])
+    given = {name: seen[1][name] for name in ("smooth", "top_k", "top_p", "temperature", "guidance")}
+    assert given == dict(smooth=False, top_k=16, top_p=0.96, temperature=1.0, guidance=2.5)        # the release's; 900 of 16 codes are 16
+
+
 def test_tokenizer_stays_as_it_is_when_the_transformer_is_trained():
     """Planted: gradients through the maps."""
     tokenizer, prior = build()
