@@ -946,7 +946,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        tokenizer.compile()
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
+            part.compile()                                                      # gradient adaptive_weight takes alone
     last_layer = tokenizer.decoder.conv_out.weight
     side = config.image_size // config.f
     for step in run.steps("tokenizer", config.train_steps_tokenizer, tokenizer=tokenizer, discriminator=discriminator,
@@ -1011,7 +1012,7 @@ def cached_moments(tokenizer, data, run):
         return moments
     def encode(images):
         return torch.cat([tokenizer.quant_conv(tokenizer.encoder(part.to(run.device) / 127.5 - 1)).float().cpu()
-                          for part in tqdm(images.split(64), "latents of the images", leave=False, disable=None)])
+                          for part in tqdm(images.split(at_once(run.config)), "latents", leave=False, disable=None)])
     moments = torch.stack([encode(x) for x in (data.train[0], data.train[0].flip(3))[:1 + run.config.flip]])
     moments = moments.contiguous()                                              # as the file gives it: the same bits
     if run.is_main:
@@ -1141,7 +1142,7 @@ def from_official(source, config=None):
     if wrong:
         raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
-    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+    model.load_state_dict({key: state.pop(key).to(torch.float32, copy=True) for key in shapes}, assign=True)
     return model.eval()
 
 
@@ -1891,7 +1892,7 @@ FLAGS = {
     "--clip-x0": dict(type=float, help="limit of predicted latents, 0 for none (default: the run's)"),
     "--guidance": dict(type=float, help="no class + g (class - no class), g up to this (default: the run's)"),
     "--guidance-schedule": dict(choices=("linear", "constant"), help="how g gets there (default: the run's)"),
-    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in pixels"),
+    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in model pixels"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw images by class", RUN),

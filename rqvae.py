@@ -904,7 +904,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        tokenizer.compile()
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
+            part.compile()                                                      # gradient adaptive_weight takes alone
     last_layer = tokenizer.decoder.conv_out.weight
     for step in run.steps("tokenizer", config.train_steps_tokenizer, tokenizer=tokenizer, discriminator=discriminator,
                           optimizer=optimizers[0], optimizer_discriminator=optimizers[1]):

@@ -715,13 +715,18 @@ def build_prior(config):
     return VAR(config)
 
 
-def bind(prior, tokenizer, name="the transformer"):
-    """Tell a transformer which tokenizer makes its inputs. UserError: its scales or codes differ."""
+def compare(prior, tokenizer, name="the transformer"):
+    """UserError: a tokenizer's scales or codes are not those that a transformer reads."""
     q, c = tokenizer.quantize, prior.config
     theirs, ours = (q.scales, *q.embedding.weight.shape), (c.scales, c.codebook_size, c.code_dim)
     if theirs != ours:
         raise UserError(f"{name} reads maps of (sides, codes, width of a code) {ours}, this tokenizer makes {theirs}")
-    prior.inputs_of = q.inputs                                                  # a method: no part of the state dict
+
+
+def bind(prior, tokenizer, name="the transformer"):
+    """Tell a transformer which tokenizer makes its inputs. UserError: its scales or codes differ."""
+    compare(prior, tokenizer, name)
+    prior.inputs_of = tokenizer.quantize.inputs                                 # a method: no part of the state dict
     return prior
 
 
@@ -884,7 +889,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
     dropped labels.   Source: models/var.py autoregressive_infer_cfg.
     """
     B, c, q, V = len(labels), prior.config, tokenizer.quantize, tokenizer.codebook_size
-    bind(prior, tokenizer)
+    compare(prior, tokenizer)
     if not 0 <= top_k <= V or not 0 < top_p <= 1 or temperature <= 0:
         raise UserError(f"top_k {top_k}, top_p {top_p}, temperature {temperature}: top_k must be 0 to {V}, the "
                         f"codebook's size, top_p in (0, 1], temperature positive")
@@ -979,8 +984,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        tokenizer.encoder.compile()                                             # not the codebook, which update changes
-        tokenizer.decoder.compile()
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # neither codebook nor the
+            part.compile()                                                      # last layer, for adaptive_weight
     last_layer = tokenizer.decoder.conv_out.weight
     for step in run.steps("tokenizer", config.train_steps_tokenizer, tokenizer=tokenizer, discriminator=discriminator,
                           optimizer=optimizers[0], optimizer_discriminator=optimizers[1]):
@@ -1013,7 +1018,8 @@ def train_tokenizer(config, data, run):
 @torch.no_grad()
 def tokenize(tokenizer, images, device):
     """images uint8 (n, 3, H, W) -> tokens (n, N) int64. The tokenizer is in eval mode: else its codes would move."""
-    parts = tqdm(images.split(64), "tokens of the images", leave=False, disable=None)
+    many = max(1, min(64, 2 ** 20 // images.shape[-1] ** 2))                    # the encoder takes memory
+    parts = tqdm(images.split(many), "tokens of the images", leave=False, disable=None)
     return torch.cat([tokenizer.encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
 
 
@@ -1192,8 +1198,7 @@ def from_official(source, config=None):
     if wrong:
         raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
-    model.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items() if key in shapes},
-                          assign=True)
+    model.load_state_dict({key: state.pop(key).to(torch.float32, copy=True) for key in shapes}, assign=True)
     return model.eval()
 
 
@@ -1253,6 +1258,8 @@ def check(config):
     need(c.image_size % c.f == 0, f"images of {c.image_size} pixels are not divisible by f = {c.f}")
     need(len(c.scales) > 1 and c.scales[0] > 0 and all(a < b for a, b in zip(c.scales, c.scales[1:])),
          f"scales {' '.join(map(str, c.scales))}: at least two, each larger than the one before")
+    need(not c.progressive or c.progressive_start < len(c.scales) - 1,
+         f"progressive_start is {c.progressive_start}: below {len(c.scales) - 1}, the last scale")
     need(c.scales[-1] == c.side, f"scales end at {c.scales[-1]}: with images of {c.image_size} pixels and f = {c.f} "
          f"the last must be {c.side}")
     need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
@@ -1968,7 +1975,7 @@ FLAGS = {
     "--top-p": dict(type=float, help="only the likeliest codes up to this probability (default: the run's)"),
     "--guidance": dict(type=float, help="no class + g (class - no class), g from 1 to this (default: the run's)"),
     "--smooth": dict(action="store_true", default=None, help="mix codes softly, no draw: nicer, not for FID"),
-    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in pixels"),
+    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in model pixels"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw images by class", RUN),

@@ -899,7 +899,8 @@ def train_tokenizer(config, data, run, stage="tokenizer"):
     print(f"{stage}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        tokenizer.compile()
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
+            part.compile()                                                      # gradient adaptive_weight takes alone
     data, last_layer = crop_data(config, data)[0], tokenizer.decoder.conv_out.weight
     names = stage, f"{stage}_discriminator", f"{stage}_optimizer", f"{stage}_optimizer_discriminator"
     for step in run.steps(stage, config.train_steps_tokenizer,

@@ -745,7 +745,8 @@ def train_tokenizer(config, data, run):
 @torch.no_grad()
 def tokenize(tokenizer, images, device):
     """images uint8 (n, 3, H, W) -> tokens (n, N) int64. The tokenizer is in eval mode: else its codes would move."""
-    parts = tqdm(images.split(64), "tokens of the images", leave=False, disable=None)
+    many = max(1, min(64, 2 ** 20 // images.shape[-1] ** 2))                    # the encoder takes memory
+    parts = tqdm(images.split(many), "tokens of the images", leave=False, disable=None)
     return torch.cat([tokenizer.encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
 
 

@@ -267,6 +267,30 @@ def test_progressive_learning_rate_is_the_releases():
     assert rates == pytest.approx({500: 0.917, 1500: 0.752, 2000: 0.505, 2999: 0.01}, abs=0.004)
 
 
+def test_label_smoothing_is_torchs():
+    """With the weight of the newest scale; the metrics stay those without. Planted: half of it; the weight left out."""
+    tokenizer, prior = build(dataclasses.replace(TINY, label_smoothing=0.2))
+    rough(prior)
+    tokens, labels = torch.randint(16, (2, 21)), torch.tensor([1, 2])
+    logits = prior(tokens, labels).transpose(1, 2)
+    each = F.cross_entropy(logits, tokens, reduction="none", label_smoothing=0.2)
+    loss, metrics = prior.loss(tokens, labels, 3, 0.3)
+    weight = torch.tensor([1.0] * 5 + [0.3] * 16)
+    torch.testing.assert_close(loss, (each * weight).sum(1).mean() / 21)
+    torch.testing.assert_close(metrics["nats"], F.cross_entropy(logits, tokens))
+
+
+def test_sampling_does_not_bind():
+    """Planted: sample binds the transformer to its tokenizer."""
+    tokenizer, prior = build()
+    other, _ = build(seed=7)
+    sample(other, prior, torch.tensor([1]))
+    assert prior.inputs_of == tokenizer.quantize.inputs
+    for more in (dict(codebook_size=8), dict(code_dim=6)):
+        with pytest.raises(UserError, match="reads maps"):
+            sample(VQVAE(dataclasses.replace(TINY, **more)), prior, torch.tensor([1]))
+
+
 def test_training_follows_its_schedules(tmp_path, monkeypatch):
     """Every step's learning rate, weight decay, scales and weight of the newest are the functions'. Planted: rates never set; scales
     not passed on."""
