@@ -105,7 +105,7 @@ class Config:
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
     perceptual_weight: float = 1.0  # weight of LPIPS
     disc_weight: float = 0.4        # the GAN's share after the adaptive weight (0: no GAN)
-    disc_start: int = 560           # first step of the GAN; before it the discriminator does not learn
+    disc_start: int = 520           # first step of the GAN; before it the discriminator does not learn
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
     # transformer
@@ -123,8 +123,8 @@ class Config:
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 700  # steps of the tokenizer
-    train_steps_prior: int = 2000   # steps of the transformer
+    train_steps_tokenizer: int = 650  # steps of the tokenizer
+    train_steps_prior: int = 1700   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator
     lr_prior: float = 2e-3          # learning rate of the transformer
     lr_end: float = 0.01            # the transformer's last learning rate in units of lr_prior
