@@ -46,7 +46,6 @@ Departs    The tokenizer's training was not released: latent diffusion's is buil
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import gzip
@@ -334,9 +333,9 @@ class Posterior:
         self.mean, log_variance = moments.float().chunk(2, 1)
         self.log_variance = log_variance.clamp(-30, 20)
 
-    def sample(self, noise):
-        """Normal noise like the mean -> latents."""
-        return self.mean + (0.5 * self.log_variance).exp() * noise
+    def sample(self, noise=None):
+        """Normal noise like the mean -> latents; None: the mean."""
+        return self.mean if noise is None else self.mean + (0.5 * self.log_variance).exp() * noise
 
     def kl(self):
         """Distance from a standard normal distribution in nats, summed over an image -> (B,)."""
@@ -387,8 +386,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images, noise=None):
         """images (B, 3, H, W) -> latents (B, E, h, w): means, or with normal noise a sample, as in training."""
-        posterior = self.posterior(images)
-        return self.normalise(posterior.mean if noise is None else posterior.sample(noise))
+        return self.normalise(self.posterior(images).sample(noise))
 
     def decode(self, latents):
         """latents (B, E, h, w) -> images (B, 3, H, W), in [-1, 1] but for overshoot."""
@@ -397,8 +395,7 @@ class AutoencoderKL(nn.Module):
     def forward(self, images, noise=None):
         """images -> reconstruction of the mean (noise: of a sample), {kl: nats an image}."""
         posterior = self.posterior(images)
-        z = posterior.mean if noise is None else posterior.sample(noise)
-        return self.decode(self.normalise(z)), {"kl": posterior.kl().mean()}
+        return self.decode(self.normalise(posterior.sample(noise))), {"kl": posterior.kl().mean()}
 
 
 def build_tokenizer(config):
@@ -561,7 +558,7 @@ def bind(prior, tokenizer, name="the transformer"):
 class Chain:
     """Diffusion over the noise levels `times`, which are some of T (None: all), with the cosine schedule.
 
-    Source: diffusion/chanceian_diffusion.py and respace.py (OpenAI's): learned variance between two bounds, x0 not
+    Source: diffusion/gaussian_diffusion.py and respace.py (OpenAI's): learned variance between two bounds, x0 not
     clipped. Tables in float64, used in float32.
     """
     def __init__(self, times=None, T=1000):
@@ -1042,7 +1039,6 @@ def train_prior(config, data, run, tokenizer):
     ema.load_state_dict(prior.state_dict())
     moments, all_labels = cached_moments(tokenizer, data, run), data.train[1]
     tokenizer.measure(moments.flatten(0, 1))
-    normal = copy.deepcopy(tokenizer).cpu()                                     # latents are drawn on the CPU
     optimizer = torch.optim.AdamW(parameter_groups(prior), config.lr_prior, (0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=run.device.type != "mps")
     if config.compile:
@@ -1058,13 +1054,14 @@ def train_prior(config, data, run, tokenizer):
         B = config.batch_size_prior
         index, mirror = (torch.randint(n, (B,), generator=generator) for n in reversed(moments.shape[:2]))
         posterior, labels = Posterior(moments[mirror, index]), all_labels[index]
-        latents = normal.normalise(posterior.sample(torch.randn(posterior.mean.shape, generator=generator)))
+        latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
         if config.num_classes:
             dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
             labels = labels.masked_fill(dropped, config.num_classes)
-        parts = shard(patchify(latents, config.patch_size), labels, *prior.draws(B, generator), device=run.device)
+        latents, *more = shard(latents, labels, *prior.draws(B, generator), device=run.device)
+        tokens = patchify(tokenizer.normalise(latents), config.patch_size)
         with autocast(run.device):
-            loss, metrics = prior.loss(*parts)
+            loss, metrics = prior.loss(tokens, *more)
         backward(loss, optimizer)
         length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
         run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
@@ -1108,7 +1105,7 @@ def from_official(source, config=None):
     """
     torch.serialization.add_safe_globals([argparse.Namespace])                  # the release keeps its arguments
     name = "the state dict" if isinstance(source, dict) else source
-    state, given = read_weights(source), config or {}
+    state, given = dict(read_weights(source)), config or {}                     # its own: it is emptied below
     size = lambda key, axis=0: state[key].shape[axis] if key in state and state[key].ndim > axis else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is no model of this paper", "its shapes make no sense"), torch.device("meta"):
@@ -1781,11 +1778,11 @@ def at_once(config):
     return max(1, min(64, 2 ** 20 // config.image_size ** 2))
 
 
+# Copied from var.py
 def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, sampling's settings by the flags or the run's) -> images, on the CPU."""
-    names = ("sample_steps", "denoise_steps", "temperature", "clip_x0", "guidance", "guidance_schedule")
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
-                for name in names}
+                for name in SETTINGS.split()}
     if not run.config.num_classes and args.guidance is None:
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, seed=args.seed, **settings))
@@ -1875,6 +1872,7 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
+SETTINGS = "sample_steps denoise_steps temperature clip_x0 guidance guidance_schedule"   # of sample, and in Config
 RUN = ("run --official --out --num --seed --labels --sample-steps --denoise-steps --temperature --clip-x0 --guidance "
        "--guidance-schedule")
 EDIT = f"{RUN} photos --data-dir"

@@ -569,7 +569,7 @@ class AdaLNBlock(nn.Module):
     """x + gamma attention(norm x), then x + gamma mlp(norm x); the class gives both gates, scales and shifts."""
     def __init__(self, width, heads, mlp_ratio=4, l2_norm=True, shared=False, drop_path=0.0):
         super().__init__()
-        self.width, self.drop_path = width, drop_path
+        self.drop_path = drop_path
         self.attn, hidden = SelfAttention(width, heads, l2_norm), mlp_ratio * width
         self.ffn = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(approximate="tanh"),
                                              fc2=nn.Linear(hidden, width)))
@@ -1837,7 +1837,7 @@ def at_once(config):
 def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, sampling's settings by the flags or the run's) -> images, on the CPU."""
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
-                for name in ("temperature", "top_k", "top_p", "guidance", "smooth")}
+                for name in SETTINGS.split()}
     if not run.config.num_classes and args.guidance is None:
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, seed=args.seed, **settings))
@@ -1960,6 +1960,7 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
+SETTINGS = "temperature top_k top_p guidance smooth"                            # of sample, also in the Config
 RUN = "run --official --out --num --seed --labels --temperature --top-k --top-p --guidance --smooth"
 EDIT = f"{RUN} photos --data-dir"
 FLAGS = {

@@ -4,6 +4,7 @@
 """
 import concurrent.futures
 import importlib
+import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +140,10 @@ def pytest_configure():
 
 
 def pytest_collection_finish(session):
-    """The notebooks that were asked for start now, in a thread: tests take one core, their kernels the other."""
+    """The notebooks that were asked for start now, in a process of their own: tests take one core, their kernels the other."""
     wanted = [item for item in session.items if item.name.startswith("test_notebook_runs")]
     if wanted and not session.config.option.collectonly:
-        session.config.pool = concurrent.futures.ThreadPoolExecutor(1)
+        session.config.pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         session.config.notebooks = {path: session.config.pool.submit(item.module.run_notebook, path)
                                     for item in wanted for path in [item.callspec.params["path"]]}
 

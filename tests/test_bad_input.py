@@ -38,6 +38,16 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def finished(module, case, tmp_path_factory, **more):
+    """The folder of a run of the tiny config `case` that is trained to its end."""
+    from conftest import CASES
+    config = module.Config(**CASES[case][1] | more)
+    folder, data = tmp_path_factory.mktemp("runs") / case, module.load_data(config)
+    run = module.Run(folder, config, data.classes)
+    module.train_prior(config, data, run, module.train_tokenizer(config, data, run))
+    return folder
+
+
 def make_images(root, corrupt=False, per_class=11):
     for name in ("cat", "dog"):
         (root / "train" / name).mkdir(parents=True)
@@ -261,14 +271,8 @@ TINY_VQGAN = ["--num-classes", "2", "--image-size", "8", "--ch-mult", "1", "1", 
 
 @pytest.fixture(scope="session")
 def trained_vqgan(tmp_path_factory):
-    from conftest import CASES
-
     import vqgan_gpt
-    config = vqgan_gpt.Config(**CASES["vqgan_gpt-class"][1])
-    folder, data = tmp_path_factory.mktemp("runs") / "vqgan", vqgan_gpt.load_data(config)
-    run = vqgan_gpt.Run(folder, config, data.classes)
-    vqgan_gpt.train_prior(config, data, run, vqgan_gpt.train_tokenizer(config, data, run))
-    return folder
+    return finished(vqgan_gpt, "vqgan_gpt-class", tmp_path_factory)
 
 
 @pytest.fixture
@@ -390,14 +394,8 @@ def test_vqgan_folder_and_tuples_on_the_command_line(vqgan, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_vqvae(tmp_path_factory):
-    from conftest import CASES
-
     import vqvae2
-    config = vqvae2.Config(**CASES["vqvae2-two"][1])
-    folder, data = tmp_path_factory.mktemp("runs") / "vqvae", vqvae2.load_data(config)
-    run = vqvae2.Run(folder, config, data.classes)
-    vqvae2.train_prior(config, data, run, vqvae2.train_tokenizer(config, data, run))
-    return folder
+    return finished(vqvae2, "vqvae2-two", tmp_path_factory)
 
 
 @pytest.fixture
@@ -482,16 +480,8 @@ def test_vqvae_checkpoint_of_another_model(fails, vqvae, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained_rqvae(tmp_path_factory):
-    from conftest import CASES
-
     import rqvae
-    folders = {}
-    for name in ("rqvae-class", "rqvae-text"):
-        config = rqvae.Config(**CASES[name][1] | dict(train_steps_tokenizer=2, train_steps_prior=2))
-        folder, data = tmp_path_factory.mktemp("runs") / name, rqvae.load_data(config)
-        run = rqvae.Run(folder, config, data.classes)
-        rqvae.train_prior(config, data, run, rqvae.train_tokenizer(config, data, run))
-        folders[name] = folder
+    folders = {name: finished(rqvae, name, tmp_path_factory, train_steps_tokenizer=2, train_steps_prior=2) for name in ("rqvae-class", "rqvae-text")}
     return rqvae, folders["rqvae-class"], folders["rqvae-text"]
 
 
@@ -561,17 +551,9 @@ def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp
 
 @pytest.fixture(scope="session")
 def trained_maskgit(tmp_path_factory):
-    from conftest import CASES
-
     import maskgit
-    folders = {}
-    for name in ("class", "alone"):                                     # alone: never without a class
-        more = dict(label_dropout=0.0, guidance=1.0) if name == "alone" else {}
-        config = maskgit.Config(**CASES["maskgit-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2) | more)
-        folders[name], data = tmp_path_factory.mktemp("runs") / name, maskgit.load_data(config)
-        run = maskgit.Run(folders[name], config, data.classes)
-        maskgit.train_prior(config, data, run, maskgit.train_tokenizer(config, data, run))
-    return maskgit, folders["class"], folders["alone"]
+    alone = dict(label_dropout=0.0, guidance=1.0)                       # never without a class
+    return maskgit, *(finished(maskgit, "maskgit-class", tmp_path_factory, train_steps_tokenizer=2, train_steps_prior=2, **more) for more in ({}, alone))
 
 
 @pytest.mark.parametrize("words, says", [
@@ -733,14 +715,8 @@ def test_two_processes_need_a_divisible_batch(module, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained_var(tmp_path_factory):
-    from conftest import CASES
-
     import var
-    config = var.Config(**CASES["var-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2))
-    folder, data = tmp_path_factory.mktemp("runs") / "var", var.load_data(config)
-    run = var.Run(folder, config, data.classes)
-    var.train_prior(config, data, run, var.train_tokenizer(config, data, run))
-    return var, folder
+    return var, finished(var, "var-class", tmp_path_factory, train_steps_tokenizer=2, train_steps_prior=2)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -813,16 +789,9 @@ def test_var_official_files(fails, trained_var, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained_mar(tmp_path_factory):
-    from conftest import CASES
-
     import mar
-    folders = {}
-    for name, more in (("class", {}), ("alone", dict(label_dropout=0.0, guidance=1.0))):             # alone: never without a class
-        config = mar.Config(**CASES["mar-class"][1] | dict(train_steps_tokenizer=2, train_steps_prior=2) | more)
-        folders[name], data = tmp_path_factory.mktemp("runs") / name, mar.load_data(config)
-        run = mar.Run(folders[name], config, data.classes)
-        mar.train_prior(config, data, run, mar.train_tokenizer(config, data, run))
-    return mar, folders["class"], folders["alone"]
+    alone = dict(label_dropout=0.0, guidance=1.0)                       # never without a class
+    return mar, *(finished(mar, "mar-class", tmp_path_factory, train_steps_tokenizer=2, train_steps_prior=2, **more) for more in ({}, alone))
 
 
 @pytest.mark.parametrize("words, says", [
