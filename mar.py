@@ -89,58 +89,58 @@ class Config:
     num_classes: int = 9            # classes the transformer is told (0: none)
     flip: bool = False              # also train on mirrored pictures
     # tokenizer
-    ch: int = 32                    # width of the first level, a multiple of the groups (release: 128)
+    ch: int = 16                    # width of the first level, a multiple of the groups (release: 128)
     groups: int = 8                 # groups of GroupNorm (release: 32)
-    ch_mult: tuple = (1, 1, 2)      # widths of the levels in units of ch; each level but the last halves the side
+    ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more; release: 2)
     latent_dim: int = 4             # E, channels of the latents (release: 16)
-    kl_weight: float = 1e-6         # weight of the latents' distance from a normal distribution, in nats an image
+    kl_weight: float = 0.06         # weight of the distance from a normal distribution, in nats an image (LDM: 1e-6)
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
     perceptual_weight: float = 1.0  # weight of LPIPS
     disc_weight: float = 0.5        # the GAN's share after the adaptive weight (0: no GAN)
-    disc_start: int = 400           # first step of the GAN; before it the discriminator does not learn
+    disc_start: int = 800           # first step of the GAN; before it the discriminator does not learn
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
     # transformer
-    patch_size: int = 1             # p, side of the squares of latents that are one token
-    width: int = 128                # of the encoder (release: 768, 1024, 1280)
-    decoder_width: int = 128        # M, of the decoder and of z (release: as width)
+    patch_size: int = 3             # p, side of the squares of latents that are one token
+    width: int = 64                 # of the encoder (release: 768, 1024, 1280)
+    decoder_width: int = 64         # M, of the decoder and of z (release: as width)
     encoder_depth: int = 2          # blocks (release: 12, 16, 20)
     decoder_depth: int = 2          # blocks (release: as many)
     heads: int = 4                  # attention heads (release: 12, 16, 16)
     mlp_ratio: int = 4              # width of the mlp's hidden units in units of the width
     buffer: int = 4                 # copies of the class's vector before the tokens (release: 64)
-    mask_ratio_min: float = 0.7     # the share of masked tokens is drawn from here to 1, most often near 1
+    mask_ratio_min: float = 0.3     # the share of masked tokens: from here (release: 0.7) to 1, most often near 1
     dropout: float = 0.0            # in attention and mlp (release: 0.1)
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs
     # diffusion loss
     head_width: int = 128           # of the mlp (release: 1024, 1280, 1536)
-    head_depth: int = 3             # its blocks (release: 6, 8, 12)
-    noise_levels: int = 4           # noise levels at which a step sees each token
+    head_depth: int = 2             # its blocks (release: 6, 8, 12)
+    noise_levels: int = 2           # noise levels at which a step sees each token (release: 4)
     level_power: float = 0.35       # levels are 1000 u^this, u uniform: below 1 more noise, z counts there (release: 1)
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
-    batch_size_prior: int = 32      # images per step of the transformer, over all processes
-    train_steps_tokenizer: int = 500  # steps of the tokenizer
-    train_steps_prior: int = 2000   # steps of the transformer
+    batch_size_prior: int = 64      # images per step of the transformer, over all processes
+    train_steps_tokenizer: int = 950  # steps of the tokenizer
+    train_steps_prior: int = 4800   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator
-    lr_prior: float = 1e-3          # learning rate of the transformer
+    lr_prior: float = 1.5e-3        # learning rate of the transformer
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer
     cosine: bool = True             # after it a cosine to lr_end (release: constant)
     lr_end: float = 0.0             # the transformer's last learning rate, with the cosine
     weight_decay: float = 0.02      # of the transformer's matrices and tables
     clip: float = 3.0               # gradients of the transformer are scaled down to this norm (0: never)
-    ema: float = 0.995              # decay of the average of the weights that samples come from (release: 0.9999)
+    ema: float = 0.998              # decay of the average of the weights that samples come from (release: 0.9999)
     log_every: int = 10             # steps between two rows of metrics.jsonl
-    save_every: int = 250           # steps between two checkpoints
-    sample_steps: int = 12          # N, iterations of sampling (release: 64, 256 for its table)
-    denoise_steps: int = 100        # S, diffusion steps for each token
-    temperature: float = 1.0        # factor of the noise that the diffusion steps add
-    clip_x0: float = 4.0            # limit of predicted latents in sampling, in deviations (0: none, as released)
-    guidance: float = 2.0           # noise = no class + g (class - no class), g rises to this; 1: none
-    guidance_schedule: str = "linear"  # linear: g rises with the share of known tokens; constant
+    save_every: int = 500           # steps between two checkpoints
+    sample_steps: int = 4           # N, iterations of sampling (release: 64, 256 for its table)
+    denoise_steps: int = 50         # S, diffusion steps for each token
+    temperature: float = 0.6        # factor of the noise that the diffusion steps add
+    clip_x0: float = 2.0            # limit of predicted latents in sampling, in deviations (0: none, as released)
+    guidance: float = 3.0           # noise = no class + g (class - no class), g rises to this; 1: none
+    guidance_schedule: str = "constant"  # linear: g rises with the share of known tokens; constant
     compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
@@ -159,10 +159,12 @@ class Config:
 
 # The release: one tokenizer, three transformers. 1,281,167 images, 800 epochs in batches of 2048
 RELEASE = dict(data="imagenet256", image_size=256, num_classes=1000, flip=True, ch=128, groups=32,
-               ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, latent_dim=16, lpips="download", disc_layers=3, disc_width=64,
-               batch_size=256, train_steps_tokenizer=250_000, disc_start=50_001, lr_tokenizer=1e-4, warmup_tokenizer=0,
-               buffer=64, dropout=0.1, batch_size_prior=2048, train_steps_prior=500_800, lr_prior=8e-4, warmup=62_600,
-               level_power=1.0, cosine=False, ema=0.9999, sample_steps=256, clip_x0=0.0, log_every=50, save_every=2000)
+               ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, latent_dim=16, kl_weight=1e-6, lpips="download",
+               disc_layers=3, disc_width=64, batch_size=256, train_steps_tokenizer=250_000, disc_start=50_001,
+               lr_tokenizer=1e-4, warmup_tokenizer=0, patch_size=1, buffer=64, mask_ratio_min=0.7, dropout=0.1,
+               noise_levels=4, level_power=1.0, batch_size_prior=2048, train_steps_prior=500_800, lr_prior=8e-4,
+               warmup=62_600, cosine=False, ema=0.9999, sample_steps=256, denoise_steps=100, temperature=1.0,
+               clip_x0=0.0, guidance_schedule="linear", log_every=50, save_every=2000)
 
 
 def released(width, depth, heads, head_depth, head_width, guidance):
@@ -173,10 +175,13 @@ def released(width, depth, heads, head_depth, head_width, guidance):
 
 PRESETS = {
     "demo": Config(),
-    "mnist": Config(data="mnist", image_size=28, num_classes=10),
-    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, flip=True, ch=48, disc_start=2400,
-                      train_steps_tokenizer=3000, width=192, decoder_width=192, encoder_depth=3, decoder_depth=3,
-                      heads=6, head_width=192, train_steps_prior=10_000, sample_steps=16, guidance=3.0),
+    "mnist": Config(data="mnist", image_size=28, num_classes=10, patch_size=1, width=128, decoder_width=128,
+                    batch_size_prior=32, lr_prior=1e-3, sample_steps=12),
+    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, flip=True, ch=32, ch_mult=(1, 1, 2), latent_dim=8,
+                      kl_weight=0.03, disc_start=2000, train_steps_tokenizer=2500, patch_size=2, width=192,
+                      decoder_width=192, encoder_depth=3, decoder_depth=3, heads=6, mask_ratio_min=0.5, head_width=256,
+                      head_depth=3, noise_levels=3, batch_size_prior=16, lr_prior=7e-4, warmup=200,
+                      train_steps_prior=10_000, sample_steps=16),
     "imagenet256-base": released(768, 12, 12, 6, 1024, 2.9),
     "imagenet256-large": released(1024, 16, 16, 8, 1280, 3.0),
     "imagenet256-huge": released(1280, 20, 16, 12, 1536, 3.2),
@@ -1115,20 +1120,20 @@ def from_official(source, config=None):
             heads = given.get("encoder_num_heads", {768: 12, 1024: 16, 1280: 16}.get(width, 1))
             if given.get("decoder_num_heads", heads) != heads:
                 raise UserError(f"{name}: encoder and decoder differ in heads, which this file cannot build")
-            model = MAR(Config(
-                image_size=16 * side * p, ch_mult=(1, 1, 2, 2, 4), num_classes=size("class_emb.weight"), patch_size=p,
+            model = MAR(Config(**RELEASE | dict(
+                image_size=16 * side * p, num_classes=size("class_emb.weight"), patch_size=p,
                 latent_dim=size("z_proj.weight", 1) // p ** 2, width=width, decoder_width=size("decoder_embed.weight"),
                 encoder_depth=count(r"encoder_blocks\.(\d+)"), decoder_depth=count(r"decoder_blocks\.(\d+)"),
-                heads=heads, mlp_ratio=size("encoder_blocks.0.mlp.fc1.weight") // width, buffer=buffer, dropout=0.1,
+                heads=heads, mlp_ratio=size("encoder_blocks.0.mlp.fc1.weight") // width, buffer=buffer,
                 head_width=size("diffloss.net.input_proj.weight"), sample_steps=1, disc_weight=0.0,
-                head_depth=count(r"diffloss\.net\.res_blocks\.(\d+)")))
+                head_depth=count(r"diffloss\.net\.res_blocks\.(\d+)"))))
         elif "encoder.conv_in.weight" in state:
             depth, ch = count(r"encoder\.down\.(\d+)"), size("encoder.conv_in.weight")
-            model = AutoencoderKL(Config(
-                image_size=16 * 2 ** (depth - 1), num_classes=0, ch=ch, groups=32, sample_steps=1,
+            model = AutoencoderKL(Config(**RELEASE | dict(
+                image_size=16 * 2 ** (depth - 1), num_classes=0, ch=ch, sample_steps=1,
                 latent_dim=size("post_quant_conv.weight"),
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(depth)],
-                num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), disc_weight=0.0))
+                num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), disc_weight=0.0)))
             E = model.config.latent_dim
             state = state | {"latent_mean": torch.zeros(E, 1, 1, device="cpu"),
                              "latent_std": torch.full((E, 1, 1), 1 / 0.2325, device="cpu")}
@@ -1739,7 +1744,7 @@ def load(args):
     run.config = modules[0].config
     if len(modules) > 1:
         prior = bind(modules[1], modules[0], args.official[1])
-        run.config = dataclasses.replace(prior.config, sample_steps=min(64, prior.places), guidance=3.0, clip_x0=0.0)
+        run.config = dataclasses.replace(prior.config, sample_steps=min(64, prior.places), guidance=3.0)
     run.state = {"classes": [str(i) for i in range(run.config.num_classes)]}
     return run, modules[0], prior
 

@@ -29,6 +29,7 @@ MASKGIT = dict(ch=32, ch_mult=(1, 1), layers=2, heads=2, width=16, disc_width=8,
 VAR = dict(ch=32, ch_mult=(1, 1), scales=(1, 2, 4), code_dim=8, depth=2, heads=2, width=16, disc_layers=1, disc_width=8, warmup=2, warmup_tokenizer=2,
            lr_prior=1e-2, batch_size_prior=8, train_steps_tokenizer=8, train_steps_prior=12)
 MAR = dict(ch=32, ch_mult=(1, 1), latent_dim=3, encoder_depth=1, decoder_depth=1, heads=2, width=16, decoder_width=24, head_width=16, head_depth=2, buffer=2,
+           kl_weight=1e-6, noise_levels=4, mask_ratio_min=0.7, guidance=2.0, guidance_schedule="linear", temperature=1.0, clip_x0=4.0,
            disc_layers=1, disc_width=8, sample_steps=4, denoise_steps=10, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
            train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
@@ -52,7 +53,7 @@ CASES = {   # name: (file, fields of its tiny Config)
     "var-class": ("var", dict(codebook_size=16, codebook_ema=0.0, codebook_weight=1.0, restart=3, disc_start=4, drop_path=0.1, **VAR, **TINY)),
     "var-start": ("var", dict(codebook_size=16, num_classes=0, label_dropout=0.0, disc_weight=0.0, shared_adaln=True, progressive=0.5,
                               progressive_start=1, **VAR, **TINY)),
-    "mar-class": ("mar", dict(disc_start=4, flip=True, dropout=0.1, **MAR, **TINY)),
+    "mar-class": ("mar", dict(disc_start=4, flip=True, dropout=0.1, patch_size=1, **MAR, **TINY)),
     "mar-start": ("mar", dict(num_classes=0, label_dropout=0.0, disc_weight=0.0, patch_size=2, **MAR | dict(sample_steps=2), **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
