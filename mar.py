@@ -37,7 +37,7 @@ Run
 
 Contents   Config and presets, Tokenizer, Prior, Diffusion loss, Losses, Sampler, Training, Official weights, Helpers,
            Command line
-Not here   the paper's causal baselines and its cross-entropy (in the notebook), DDIM in sampling, gradient scaling.
+Not here   the paper's causal baselines and its cross-entropy, DDIM in sampling, gradient scaling.
 Departs    The tokenizer's training was not released: latent diffusion's is built here, which it names. Latents of our
            own are normalised by each channel's mean and deviation (release: one factor, 0.2325). Small presets see more
            noise in training (level_power) and draw with a limit for x0 (clip_x0), and so learn in minutes what takes
@@ -181,7 +181,8 @@ PRESETS = {
                       kl_weight=0.03, disc_start=2000, train_steps_tokenizer=2500, patch_size=2, width=192,
                       decoder_width=192, encoder_depth=3, decoder_depth=3, heads=6, mask_ratio_min=0.5, head_width=256,
                       head_depth=3, noise_levels=3, batch_size_prior=16, lr_prior=7e-4, warmup=200,
-                      train_steps_prior=10_000, sample_steps=16),
+                      train_steps_prior=10_000, sample_steps=16, denoise_steps=100, temperature=0.9, clip_x0=4.0,
+                      guidance=5.0),
     "imagenet256-base": released(768, 12, 12, 6, 1024, 2.9),
     "imagenet256-large": released(1024, 16, 16, 8, 1280, 3.0),
     "imagenet256-huge": released(1280, 20, 16, 12, 1536, 3.2),

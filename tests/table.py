@@ -15,7 +15,7 @@ COLUMNS = {   # heading: report -> cell
     "on": lambda r: r["device"],
     "PSNR": lambda r: f"{r['psnr']:.1f} dB",
     "NLL": lambda r: f"{r['nats_per_token']:.4f} nats/token, {r['nats_per_image']:.2f} nats/image" if "nats_per_image" in r else
-    f"{r['nats_per_token']:.4f} nats/masked token",
+    f"{r['nats_per_token']:.4f} nats/masked token" if "nats_per_token" in r else f"none (diffusion loss {r['diffusion_loss']:.3f})",
     "class agreement": lambda r: f"{100 * r['class_agreement']:.0f} % (judge: {100 * r['judge_accuracy']:.0f} %)" if "class_agreement" in r else "not judged",
     "samples/s": lambda r: f"{r['samples_per_second']:.2f}",
     "memory": lambda r: f"{r['peak_memory_mib']:,} MiB",
