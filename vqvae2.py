@@ -1345,7 +1345,7 @@ def parse(argv):
     train.add_argument("--preset", choices=PRESETS, help="where the fields not given come from (default: demo)")
     train.add_argument("--out", help=f"run folder to make (default: runs/{NAME}_PRESET)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(sys.modules[__name__]), re.M))
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
     for field in dataclasses.fields(Config):
         train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
