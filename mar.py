@@ -37,7 +37,7 @@ Run
 
 Contents   Config and presets, Tokenizer, Prior, Diffusion loss, Losses, Sampler, Training, Official weights, Helpers,
            Command line
-Not here   the paper's causal baselines and its cross-entropy, DDIM in sampling, gradient scaling.
+Not here   the paper's causal baselines and cross-entropy (in the notebook), DDIM in sampling, gradient scaling.
 Departs    The tokenizer's training was not released: latent diffusion's is built here, which it names. Latents of our
            own are normalised by each channel's mean and deviation (release: one factor, 0.2325). Small presets see more
            noise in training (level_power) and draw with a limit for x0 (clip_x0), and so learn in minutes what takes
