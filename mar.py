@@ -2,31 +2,34 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66", "pillow>=10"]
 # ///
-"""MAR: a picture is drawn set by set, in random order, of continuous latents; a small diffusion model draws each.
+"""MAR: a picture's continuous latents, drawn set by set in random order; a small diffusion model draws each token.
 
     Autoregressive Image Generation without Vector Quantization, Li, Tian, Li, Deng, He, NeurIPS 2024, arXiv 2406.11838
-    Release: LTH14/mar (no training of the tokenizer, which is that of CompVis/latent-diffusion); this file computes
+    Release: LTH14/mar (no training of the tokenizer, whose recipe is CompVis/latent-diffusion's); this file computes
     what it computes, loads its weights and trains both stages
 
 The idea. Autoregression needs p(token | what is known) in a form that can be trained and drawn from. A softmax over a
 codebook is one, and costs a quantizer. Diffusion is another: the transformer gives a vector z for each unknown token,
-and an mlp, told z, takes the noise off that token's continuous latent. Known are any tokens: an encoder reads those, a
-decoder with mask tokens gives z everywhere at once, and some tokens, chosen at random beforehand, are drawn together.
+and an mlp, told z, takes the noise off that token's continuous latent; its loss trains the transformer through z. Any
+tokens may be known: an encoder reads those, a decoder with mask tokens gives z everywhere at once, and some tokens,
+chosen at random beforehand, are drawn together: independently, given z. (The demo's few tokens are drawn singly.)
 
-    images (B,3,H,W) -> Encoder -> mean, variance (B,2E,h,w) -> latents (B,E,h,w), normalised -> tokens (B,L,D)
+    images (B,3,H,W) -> Encoder -> mean, log var (B,2E,h,w) -> latents (B,E,h,w), normalised -> tokens (B,L,D)
     tokens not masked -> transformer's encoder -> its decoder, mask tokens at the other places -> z (B,L,M)
-    training:  masked token + noise of a random level t, and its z -> DiffLoss -> the noise, and its variance
+    training:  masked token + noise of a random level t, and its z -> DiffLoss -> eps, v
     sampling:  N times: z of all masked tokens -> some of them: noise -> S steps of DiffLoss -> token
     tokens -> latents -> Decoder -> images
 
 Glossary
     E, D       channels of a latent; numbers in a token, E p^2 (p: patch_size)
     L          tokens of an image, (h / p)^2, row by row
-    M          width of the transformer's decoder, which is that of z
+    M, W       width of the transformer's decoder, which is that of z; width of the mlp
+    K          noisy copies of each masked token in a training step, each at a level of its own
     buffer     copies of the class's vector before the tokens (release: 64): work space for the encoder
     order      a permutation of the L places: first those that are drawn last
     T, S       noise levels in training, 1000; steps of the shortened chain in sampling, 100
     abar, eps  how much of a token's variance is left at a level (alpha-bar); the noise
+    v          where between its two bounds the logarithm of a backward step's variance lies, -1 to 1
     N          iterations of sampling: sets of tokens (release: num_iter)
 
 Run
@@ -37,12 +40,13 @@ Run
 
 Contents   Config and presets, Tokenizer, Prior, Diffusion loss, Losses, Sampler, Training, Official weights, Helpers,
            Command line
-Not here   the paper's causal baselines and cross-entropy (in the notebook), DDIM in sampling, gradient scaling.
-Departs    The tokenizer's training was not released: latent diffusion's is built here, which it names. Latents of our
-           own are normalised by each channel's mean and deviation (release: one factor, 0.2325). Small presets see more
-           noise in training (level_power) and draw with a limit for x0 (clip_x0), and so learn in minutes what takes
-           hours else; the paper's presets do neither. The average of the weights follows a young model
-           faster. float32, or bfloat16 on CUDA (release: float16, scaled).
+Not here   the paper's causal baselines and cross-entropy (in the notebook), DDIM in sampling.
+Departs    The tokenizer's training was not released: latent diffusion's is built here, which its authors name, without
+           its random crops. Latents of our own are normalised by each channel's mean and deviation (release: one
+           factor, 0.2325). Small presets train on more noise (level_power) and draw with x0 limited (clip_x0), for
+           minutes in place of hours; the paper's presets do neither. The average of the weights follows a young model
+           faster. In editing, the schedule counts the hidden tokens alone. One mask ratio for all processes (release:
+           each its own). float32; training on CUDA bfloat16 (release: float16, scaled).
 """
 import argparse
 import contextlib
@@ -103,20 +107,20 @@ class Config:
     disc_width: int = 32            # features of its first layer
     # transformer
     patch_size: int = 3             # p, side of the squares of latents that are one token
-    width: int = 64                 # of the encoder (release: 768, 1024, 1280)
-    decoder_width: int = 64         # M, of the decoder and of z (release: as width)
-    encoder_depth: int = 2          # blocks (release: 12, 16, 20)
-    decoder_depth: int = 2          # blocks (release: as many)
+    width: int = 64                 # width of the transformer's encoder (release: 768, 1024, 1280)
+    decoder_width: int = 64         # M, width of its decoder and of z (release: as width)
+    encoder_depth: int = 2          # blocks of the encoder (release: 12, 16, 20)
+    decoder_depth: int = 2          # blocks of the decoder (release: as many)
     heads: int = 4                  # attention heads (release: 12, 16, 16)
-    mlp_ratio: int = 4              # width of the mlp's hidden units in units of the width
+    mlp_ratio: int = 4              # hidden units of the blocks' mlp in units of the width
     buffer: int = 4                 # copies of the class's vector before the tokens (release: 64)
     mask_ratio_min: float = 0.3     # the share of masked tokens: from here (release: 0.7) to 1, most often near 1
     dropout: float = 0.0            # in attention and mlp (release: 0.1)
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs
     # diffusion loss
-    head_width: int = 128           # of the mlp (release: 1024, 1280, 1536)
-    head_depth: int = 2             # its blocks (release: 6, 8, 12)
-    noise_levels: int = 2           # noise levels at which a step sees each token (release: 4)
+    head_width: int = 128           # W, width of the diffusion mlp (release: 1024, 1280, 1536)
+    head_depth: int = 2             # blocks of the diffusion mlp (release: 6, 8, 12)
+    noise_levels: int = 2           # K, noisy copies of each token in a step (release: 4, diffusion_batch_mul)
     level_power: float = 0.35       # levels are 1000 u^this, u uniform: below 1 more noise, z counts there (release: 1)
     # training
     seed: int = 0                   # a step is a function of (seed, step)
@@ -128,7 +132,7 @@ class Config:
     lr_prior: float = 1.5e-3        # learning rate of the transformer
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer
-    cosine: bool = True             # after it a cosine to lr_end (release: constant)
+    cosine: bool = True             # after the warm-up a cosine to lr_end (release: constant)
     lr_end: float = 0.0             # the transformer's last learning rate, with the cosine
     weight_decay: float = 0.02      # of the transformer's matrices and tables
     clip: float = 3.0               # gradients of the transformer are scaled down to this norm (0: never)
@@ -139,7 +143,7 @@ class Config:
     denoise_steps: int = 50         # S, diffusion steps for each token
     temperature: float = 0.6        # factor of the noise that the diffusion steps add
     clip_x0: float = 2.0            # limit of predicted latents in sampling, in deviations (0: none, as released)
-    guidance: float = 3.0           # noise = no class + g (class - no class), g rises to this; 1: none
+    guidance: float = 3.0           # g in: noise = no class + g (class - no class); 1: none
     guidance_schedule: str = "constant"  # linear: g rises with the share of known tokens; constant
     compile: bool = False           # torch.compile (CUDA)
 
@@ -162,13 +166,13 @@ RELEASE = dict(data="imagenet256", image_size=256, num_classes=1000, flip=True, 
                ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, latent_dim=16, kl_weight=1e-6, lpips="download",
                disc_layers=3, disc_width=64, batch_size=256, train_steps_tokenizer=250_000, disc_start=50_001,
                lr_tokenizer=1e-4, warmup_tokenizer=0, patch_size=1, buffer=64, mask_ratio_min=0.7, dropout=0.1,
-               noise_levels=4, level_power=1.0, batch_size_prior=2048, train_steps_prior=500_800, lr_prior=8e-4,
-               warmup=62_600, cosine=False, ema=0.9999, sample_steps=256, denoise_steps=100, temperature=1.0,
+               noise_levels=4, level_power=1.0, batch_size_prior=2048, train_steps_prior=500_000, lr_prior=8e-4,
+               warmup=62_500, cosine=False, ema=0.9999, sample_steps=256, denoise_steps=100, temperature=1.0,
                clip_x0=0.0, guidance_schedule="linear", log_every=50, save_every=2000)
 
 
 def released(width, depth, heads, head_depth, head_width, guidance):
-    """A transformer of the release's table."""
+    """The config of one row of the release's table."""
     return Config(**RELEASE | dict(width=width, decoder_width=width, encoder_depth=depth, decoder_depth=depth,
                                    heads=heads, head_depth=head_depth, head_width=head_width, guidance=guidance))
 
@@ -340,7 +344,7 @@ class Posterior:
         self.log_variance = log_variance.clamp(-30, 20)
 
     def sample(self, noise=None):
-        """Normal noise like the mean -> latents; None: the mean."""
+        """noise: normal, of the mean's shape -> latents; None: the mean."""
         return self.mean if noise is None else self.mean + (0.5 * self.log_variance).exp() * noise
 
     def kl(self):
@@ -356,7 +360,7 @@ class Posterior:
 class AutoencoderKL(nn.Module):
     """images <-> latents (B, E, h, w), normalised: mean 0, deviation 1 in every channel once measure has seen them.
 
-    QUIRK: attention ends the encoder's levels, but not the decoder's: the release left it out by oversight.
+    QUIRK: the encoder's lowest level has attention, the decoder's has none: left out by oversight in the release.
     Source: models/vae.py.   Raises UserError where config makes no sense.
     """
     def __init__(self, config):
@@ -382,11 +386,12 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def measure(self, moments):
-        """Mean and deviation of each channel, of samples of all images' moments (n, 2 E, h, w)."""
+        """Set mean and deviation to those of samples of all images' moments (n, 2 E, h, w), in closed form."""
         parts = [Posterior(part) for part in moments.split(1000)]
         mean = sum(p.mean.double().sum((0, 2, 3)) for p in parts)
         square = sum((p.mean.double().square() + p.log_variance.double().exp()).sum((0, 2, 3)) for p in parts)
-        mean, square = (total / (moments.numel() / len(total) / 2) for total in (mean, square))
+        n = moments[:, 0].numel()
+        mean, square = mean / n, square / n
         self.latent_mean.copy_(mean[:, None, None])
         self.latent_std.copy_((square - mean.square()).sqrt()[:, None, None])
 
@@ -458,7 +463,7 @@ class Block(nn.Module):
 
 
 def mask_ratio(u, least=0.7):
-    """Uniform u -> share of masked tokens: quantiles of a normal distribution about 1, deviation 0.25 in [least, 1]."""
+    """Uniform u -> share of masked tokens: quantiles of a normal distribution, 1 +- 0.25, cut to [least, 1]."""
     low = torch.special.ndtr(torch.tensor((least - 1) / 0.25, dtype=torch.float64))
     return 1 + 0.25 * torch.special.ndtri(low + (0.5 - low) * u)
 
@@ -466,7 +471,7 @@ def mask_ratio(u, least=0.7):
 class MAR(nn.Module):
     """p(tokens | class) as a product over sets of tokens, in any order.   Source: models/mar.py, an MAE with a class.
 
-    tokens are (B, L, D), masks (B, L) bool, True: masked; every row of a mask has as many.
+    tokens are (B, L, D), masks (B, L) bool, True: masked; every row has equally many.
     """
     def __init__(self, config):
         super().__init__()
@@ -552,7 +557,7 @@ def build_prior(config):
 
 
 def bind(prior, tokenizer, name="the transformer"):
-    """Check that a transformer reads what a tokenizer makes. UserError: other channels, or another side."""
+    """Check that a transformer reads what a tokenizer makes. UserError: other channels, or another f."""
     ours, theirs = prior.config, tokenizer.config
     if ours.latent_dim != theirs.latent_dim or ours.f != theirs.f:
         raise UserError(f"{name} reads latents of {ours.latent_dim} channels at f = {ours.f}, this tokenizer makes "
@@ -564,8 +569,8 @@ def bind(prior, tokenizer, name="the transformer"):
 class Chain:
     """Diffusion over the noise levels `times`, which are some of T (None: all), with the cosine schedule.
 
-    Source: diffusion/gaussian_diffusion.py and respace.py (OpenAI's): learned variance between two bounds, x0 not
-    clipped. Tables in float64, used in float32.
+    Source: diffusion/gaussian_diffusion.py and respace.py (OpenAI's): learned variance between two bounds, x0
+    limited only if asked. Tables in float64, used in float32.
     """
     def __init__(self, times=None, T=1000):
         self.T, self.times = T, torch.from_numpy(np.arange(T) if times is None else np.asarray(times))
@@ -640,7 +645,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + gate mlp(shift and scale of norm x), all three by y.  x, y (n, W) -> (n, W)."""
+    """x + gate mlp((1 + scale) norm x + shift), the three made from y.  x, y (n, W) -> (n, W)."""
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
@@ -653,7 +658,7 @@ class ResBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """x, y (n, W) -> (n, channels); its norm has no weights."""
+    """x, y (n, W) -> (n, channels); its norm has no weights of its own."""
     def __init__(self, width, channels):
         super().__init__()
         self.linear = nn.Linear(width, channels)
@@ -677,7 +682,7 @@ class SimpleMLPAdaLN(nn.Module):
                 nn.init.zeros_(module.bias)
                 if "time_embed" in name:
                     nn.init.normal_(module.weight, std=0.02)
-                if "adaLN" in name or "final_layer" in name:                    # at first nothing is said: loss 1
+                if "adaLN" in name or "final_layer" in name:                    # at first nothing is said: mse 1
                     nn.init.zeros_(module.weight)
 
     def forward(self, x, y):
@@ -689,7 +694,7 @@ class SimpleMLPAdaLN(nn.Module):
 
 
 class DiffLoss(nn.Module):
-    """The loss of tokens x (n, D) given z (n, M), and how they are drawn.   Source: models/diffloss.py; paper eq. 2."""
+    """The loss of tokens x (n, D) given z (n, M), and how they are drawn.   Source: models/diffloss.py; section 3.2."""
     def __init__(self, channels, z_channels, width, depth):
         super().__init__()
         self.net, self.channels, self.chain = SimpleMLPAdaLN(channels, z_channels, width, depth), channels, Chain()
@@ -701,7 +706,7 @@ class DiffLoss(nn.Module):
         return (noise - eps).square().mean(1), self.chain.variance_loss(x, x_t, t, eps, v)
 
     def predict(self, x, y, guidance=1.0):
-        """y (n, W), or (2n, W) of tokens with and without their class -> eps, v (n, D): eps guided, v that with it."""
+        """y (n, W), or (2n, W) of tokens with and without their class -> eps, v (n, D): eps guided, v not."""
         if len(y) == len(x):
             return self.net(x, y)
         eps, v = self.net(x.repeat(2, 1), y)
@@ -711,8 +716,8 @@ class DiffLoss(nn.Module):
     def sample(self, z, z_null=None, guidance=1.0, temperature=1.0, chain=None, draw=None, clip_x0=0.0):
         """z (n, M) -> tokens (n, D). draw(n, D): normal noise for the start, then for each step (default: new).
 
-        z_null: as z, without the class: noise = that by z_null + guidance (that by z - that by z_null). temperature is
-        a factor of the steps' noise, not of the start's. chain: the noise levels that are gone through (default: 100).
+        z_null: as z, without the class: noise = null + guidance (class - null), by z_null and by z. temperature is a
+        factor of the steps' noise, not of the start's. chain: the noise levels that are gone through (default: 100).
         clip_x0: limit of the tokens that the steps head for (0: none).
         """
         chain = chain or Chain.respaced(100)
@@ -850,10 +855,10 @@ def generator_loss(config, images, again, kl, last_layer, perceptual=None, discr
 
 # === Sampler: one visible loop over sets of tokens ====================================================================
 def schedule(L, N, guidance=1.0, kind="linear"):
-    """For each of N iterations: of L tokens, how many stay masked after it; its guidance.   UserError: N above L.
+    """For each of N iterations: of L tokens to draw, how many stay masked after it; its guidance.  UserError: N > L.
 
-    A cosine, at least one token each. linear: guidance 1 + (guidance - 1) of the share known afterwards; QUIRK: in the
-    last iteration all but one count as known, so that it is never reached.
+    A cosine, at least one token each. linear: 1 + (guidance - 1) times the share known afterwards; QUIRK: in the last
+    iteration all but one count as known, so that it is never reached.
     """
     if N > L:
         raise UserError(f"{N} iterations for {L} tokens: each draws at least one, so at most {L}")
@@ -871,9 +876,9 @@ def sample(tokenizer, prior, labels, *, known=None, hidden=None, sample_steps=No
 
     labels (B,) int64 (num_classes: no class). known (B, E, h, w): latents, of which the tokens in hidden (L,) bool are
     drawn anew. sample_steps: iterations, at most the tokens to draw (None: 64, or all of fewer tokens). order (B, L)
-    int64: places, those that are drawn first at its end. draw(*shape): normal noise (default: the generator's). trace:
-    a list that gets for each iteration {z (n, M), with guidance (2n, M), drawn (n, D), masked and chosen (B, L) bool,
-    guidance, tokens (B, L, D)}. Returns images (B, 3, H, W) in [-1, 1].
+    int64: places, the first drawn last; known ones are passed over. draw(*shape): normal noise (default: the
+    generator's). trace: a list that gets for each iteration {z (n, M), with guidance (2n, M), drawn (n, D), masked and
+    chosen (B, L) bool, guidance, tokens (B, L, D)}. Returns images (B, 3, H, W) in [-1, 1].
     Raises UserError for too many iterations, a tokenizer of other latents, guidance without dropped labels.
     Source: models/mar.py sample_tokens.
     """
@@ -887,12 +892,11 @@ def sample(tokenizer, prior, labels, *, known=None, hidden=None, sample_steps=No
     masked, guided = hidden.to(device).expand(B, L), guidance != 1
     tokens = torch.zeros(B, L, prior.diffloss.channels) if known is None else patchify(known, c.patch_size)
     tokens = tokens.to(prior.mask_token)
-    if order is None:                                                           # what is known stands at the end
-        order = draw(B, L).masked_fill(~masked, math.inf).argsort(1)
-    rank, chain = order.argsort(1), Chain.respaced(denoise_steps)
+    order = draw(B, L).argsort(1) if order is None else order
+    rank, chain = order.argsort(1).masked_fill(~masked, L).argsort(1).argsort(1), Chain.respaced(denoise_steps)
     twice = lambda x, y: torch.cat([x, y]) if guided else x
-    every = twice(labels, torch.full_like(labels, c.num_classes))
-    for left, g in schedule(U := int(hidden.sum()), sample_steps or min(64, U), guidance, guidance_schedule):
+    every, U = twice(labels, torch.full_like(labels, c.num_classes)), int(hidden.sum())
+    for left, g in schedule(U, sample_steps or min(64, U), guidance, guidance_schedule):
         chosen = masked & (rank >= left)
         z, n = prior(twice(tokens, tokens), every, twice(masked, masked)), int(chosen.sum())
         z = z[twice(chosen, chosen)]                                            # (n or 2n, M), image by image, by rows
@@ -1039,7 +1043,7 @@ def learning_rate(step, total, lr, warmup, cosine=False, lr_end=0.0):
 
 
 def train_prior(config, data, run, tokenizer):
-    """Diffusion loss of masked latents of the training images, given the others. Returns the averaged prior."""
+    """Diffusion loss of masked latents of the training images, given the others. Returns the averaged weights."""
     torch.manual_seed(config.seed)
     prior, ema = (build_prior(config).to(run.device) for _ in range(2))
     ema.load_state_dict(prior.state_dict())
@@ -1052,13 +1056,13 @@ def train_prior(config, data, run, tokenizer):
     std = tokenizer.latent_std.flatten().tolist()
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, of which the diffusion loss "
           f"{sum(p.numel() for p in prior.diffloss.parameters()):,}; {prior.places} tokens an image; deviations of the "
-          f"latents' channels {min(std):.2f} to {max(std):.2f}; loss of a model that says nothing: 1")
+          f"latents' channels {min(std):.2f} to {max(std):.2f}; mse of a model that says nothing: 1")
     for step in run.steps("prior", config.train_steps_prior, prior=prior, prior_ema=ema, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
         rank = dist.get_rank() if dist.is_initialized() else 0                  # dropout: every process its own
         torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)) + rank)
         B = config.batch_size_prior
-        index, mirror = (torch.randint(n, (B,), generator=generator) for n in reversed(moments.shape[:2]))
+        index, mirror = (torch.randint(n, (B,), generator=generator) for n in (moments.shape[1], len(moments)))
         posterior, labels = Posterior(moments[mirror, index]), all_labels[index]
         latents = posterior.sample(torch.randn(posterior.mean.shape, generator=generator))
         if config.num_classes:
@@ -1105,8 +1109,8 @@ def read_weights(source):
 def from_official(source, config=None):
     """Released weights -> AutoencoderKL or MAR (its averaged weights), in eval mode.
 
-    source: path or state dict. config: the constructor arguments, of which patch_size, buffer_size and the numbers of
-    heads are read, which shapes do not tell; else those of the release whose width fits. Every name and shape must fit:
+    source: path or state dict. config: the constructor arguments, of which patch_size and the numbers of heads are
+    read, which shapes do not tell; else those of the release whose width fits. Every name and shape must fit:
     else UserError with the first five that do not.
     """
     torch.serialization.add_safe_globals([argparse.Namespace])                  # the release keeps its arguments
@@ -1116,8 +1120,8 @@ def from_official(source, config=None):
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is no model of this paper", "its shapes make no sense"), torch.device("meta"):
         if "encoder_pos_embed_learned" in state:
-            width, p, buffer = size("z_proj.weight"), given.get("patch_size", 1), given.get("buffer_size", 64)
-            side = math.isqrt(size("diffusion_pos_embed_learned", 1))
+            width, p, places = size("z_proj.weight"), given.get("patch_size", 1), size("diffusion_pos_embed_learned", 1)
+            side, buffer = math.isqrt(places), size("encoder_pos_embed_learned", 1) - places
             heads = given.get("encoder_num_heads", {768: 12, 1024: 16, 1280: 16}.get(width, 1))
             if given.get("decoder_num_heads", heads) != heads:
                 raise UserError(f"{name}: encoder and decoder differ in heads, which this file cannot build")
@@ -1126,7 +1130,7 @@ def from_official(source, config=None):
                 latent_dim=size("z_proj.weight", 1) // p ** 2, width=width, decoder_width=size("decoder_embed.weight"),
                 encoder_depth=count(r"encoder_blocks\.(\d+)"), decoder_depth=count(r"decoder_blocks\.(\d+)"),
                 heads=heads, mlp_ratio=size("encoder_blocks.0.mlp.fc1.weight") // width, buffer=buffer,
-                head_width=size("diffloss.net.input_proj.weight"), sample_steps=1, disc_weight=0.0,
+                head_width=size("diffloss.net.input_proj.weight"), sample_steps=1, disc_weight=0.0,    # small ones too
                 head_depth=count(r"diffloss\.net\.res_blocks\.(\d+)"))))
         elif "encoder.conv_in.weight" in state:
             depth, ch = count(r"encoder\.down\.(\d+)"), size("encoder.conv_in.weight")
@@ -1840,7 +1844,7 @@ def reconstruct_command(args, run, tokenizer, prior):
 
 @torch.no_grad()
 def evaluate_command(args, run, tokenizer, prior):
-    """Reconstruction, diffusion loss of the test images by noise level, speed and its parts, size."""
+    """Reconstruction, diffusion loss of the test images (levels and masks drawn as in training), speed, size."""
     data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
     (images, labels), c, quality, kl, rows = data.test, run.config, [], [], []
     generator = torch.Generator().manual_seed(0)
@@ -1855,7 +1859,8 @@ def evaluate_command(args, run, tokenizer, prior):
         mask, t, noise = (part.to(run.device) for part in prior.draws(len(x), generator))
         rows.append(torch.stack(prior.losses(tokens, y.to(run.device), mask, t, noise), 1).cpu())
     mse, vb, t = torch.cat(rows).T
-    by_level = [float(mse[(t * 10 // prior.diffloss.chain.T) == i].mean()) for i in range(10)]
+    by_level = [mse[(t * 10 // prior.diffloss.chain.T) == i] for i in range(10)]
+    by_level = [float(values.mean()) if len(values) else None for values in by_level]   # few images: none drawn there
     num, start = min(16, at_once(c), len(labels)), time.time()
     sample(tokenizer, prior, labels[:num].to(run.device), sample_steps=c.sample_steps, denoise_steps=c.denoise_steps,
            temperature=c.temperature, clip_x0=c.clip_x0, guidance=c.guidance if c.num_classes else 1.0,
@@ -1872,8 +1877,9 @@ def evaluate_command(args, run, tokenizer, prior):
         train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
         command=f"python {NAME}.py evaluate {run.folder}")
+    levels = " ".join("-" if x is None else f"{x:.3f}" for x in by_level)
     print(f"test: PSNR {report['psnr']:.2f} dB; diffusion loss {report['diffusion_loss']:.4f}: mse {report['mse']:.4f} "
-          f"(by noise level {' '.join(f'{value:.3f}' for value in by_level)}), variance {report['vb']:.4f} bits")
+          f"(by noise level {levels}), variance {report['vb']:.4f} bits")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
