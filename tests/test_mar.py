@@ -321,6 +321,21 @@ def test_every_token_is_drawn_once(N):
         assert torch.equal(step["tokens"][~after["masked"]], trace[-1]["tokens"][~after["masked"]])     # final, never revisited
 
 
+def test_an_order_passes_over_what_is_known():
+    """Wherever the known places stand in it, each iteration draws as many hidden ones as the schedule says. Planted: ranks among all places."""
+    tokenizer, prior = build()
+    hidden, order, trace = torch.rand(L) < 0.5, torch.stack([torch.randperm(L) for _ in range(3)]), []
+    hidden[:3] = True
+    known = torch.randn(3, prior.config.latent_dim, prior.config.side, prior.config.side)
+    sample(tokenizer, prior, torch.arange(3), known=known, hidden=hidden, sample_steps=3, denoise_steps=2, order=order, trace=trace)
+    left = [int(hidden.sum())] + [left for left, _ in schedule(int(hidden.sum()), 3)]
+    assert [step["chosen"].sum(1).tolist() for step in trace] == [3 * [a - b] for a, b in zip(left, left[1:])]
+    for b in range(3):
+        wanted = [place for place in order[b].flip(0).tolist() if hidden[place]]
+        assert set(trace[0]["chosen"][b].nonzero()[:, 0].tolist()) == set(wanted[:left[0] - left[1]])
+        assert not (trace[0]["chosen"][b] & ~hidden).any()
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sampler_sees_what_training_sees(guidance):
     """z of every iteration is that of the finished tokens under that iteration's mask (float64). Planted: the mask after the draw."""
