@@ -328,7 +328,7 @@ def test_an_order_passes_over_what_is_known():
     hidden[:3] = True
     known = torch.randn(3, prior.config.latent_dim, prior.config.side, prior.config.side)
     sample(tokenizer, prior, torch.arange(3), known=known, hidden=hidden, sample_steps=3, denoise_steps=2, order=order, trace=trace)
-    left = [int(hidden.sum())] + [left for left, _ in schedule(int(hidden.sum()), 3)]
+    left = [int(hidden.sum())] + [left for left, _ in mar.schedule(int(hidden.sum()), 3)]
     assert [step["chosen"].sum(1).tolist() for step in trace] == [3 * [a - b] for a, b in zip(left, left[1:])]
     for b in range(3):
         wanted = [place for place in order[b].flip(0).tolist() if hidden[place]]
