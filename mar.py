@@ -592,7 +592,9 @@ class Chain:
 
     def at(self, i, names):
         """Rows i (n,) of tables -> (n, 1) each."""
-        return (self.tables[name].to(i.device)[i][:, None] for name in names.split())
+        if self.tables["signal"].device != i.device:                            # once, not in every step
+            self.tables = {name: table.to(i.device) for name, table in self.tables.items()}
+        return (self.tables[name][i][:, None] for name in names.split())
 
     def noised(self, x, i, eps):
         """x (n, D) with noise of level i (n,)."""
@@ -884,7 +886,9 @@ def sample(tokenizer, prior, labels, *, known=None, hidden=None, sample_steps=No
     """
     B, c, L, device = len(labels), prior.config, prior.places, labels.device
     bind(prior, tokenizer)
-    if guidance != 1 and not (c.label_dropout and c.num_classes):
+    if guidance != 1 and not c.num_classes:
+        raise UserError(f"guidance {guidance}: this model has no classes: use 1")
+    if guidance != 1 and not c.label_dropout:
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
     where = generator.device if generator else device
     draw = draw or (lambda *shape: torch.randn(*shape, generator=generator, device=where).to(prior.mask_token))
@@ -1116,13 +1120,18 @@ def from_official(source, config=None):
     torch.serialization.add_safe_globals([argparse.Namespace])                  # the release keeps its arguments
     name = "the state dict" if isinstance(source, dict) else source
     state, given = dict(read_weights(source)), config or {}                     # its own: it is emptied below
-    size = lambda key, axis=0: state[key].shape[axis] if key in state and state[key].ndim > axis else 0
+    def size(key, axis=0):
+        if key not in state or state[key].ndim <= axis:
+            raise ValueError(f"{key} is not in it, or of another shape")
+        return state[key].shape[axis]
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
     with explain(f"{name} is no model of this paper", "its shapes make no sense"), torch.device("meta"):
         if "encoder_pos_embed_learned" in state:
             width, p, places = size("z_proj.weight"), given.get("patch_size", 1), size("diffusion_pos_embed_learned", 1)
             side, buffer = math.isqrt(places), size("encoder_pos_embed_learned", 1) - places
-            heads = given.get("encoder_num_heads", {768: 12, 1024: 16, 1280: 16}.get(width, 1))
+            heads = given.get("encoder_num_heads", {768: 12, 1024: 16, 1280: 16}.get(width, int(width < 64)))
+            if not heads:
+                raise UserError(f"{name}: {width} wide as no release: how many heads? config=dict(encoder_num_heads=4)")
             if given.get("decoder_num_heads", heads) != heads:
                 raise UserError(f"{name}: encoder and decoder differ in heads, which this file cannot build")
             model = MAR(Config(**RELEASE | dict(
@@ -1200,6 +1209,7 @@ def check(config):
     need(c.level_power > 0, f"level_power is {c.level_power}: above 0")
     need(c.guidance_schedule in ("linear", "constant"), f"guidance_schedule {c.guidance_schedule}: linear or constant")
     need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
+    need(c.temperature <= 100, f"temperature is {c.temperature}: a number up to 100, 1 as trained")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(not c.lpips or c.image_size >= 16, f"LPIPS needs images of at least 16 pixels, these have {c.image_size}")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
@@ -1624,9 +1634,9 @@ class Parser(argparse.ArgumentParser):
 
 # Copied from pixelcnn.py
 def positive(text):
-    """An integer of at least 1 on the command line."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    """An integer of 1 to ten million on the command line."""
+    if not 1 <= int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1, or more than ten million")
     return int(text)
 
 
@@ -1819,6 +1829,7 @@ def show_edits(args, run, images, hidden, drawn, name):
     show(args, run, torch.cat([shown, drawn.unflatten(0, (-1, num))], 1).flatten(0, 1), name, 2 + num, "evaluate")
 
 
+@torch.no_grad()
 def edit_command(args, run, tokenizer, prior):
     """Each row: an image, what of it is known, and what the model makes of that, --num times."""
     (images, labels), S, num = read_photos(args, run), run.config.image_size, args.num or 6

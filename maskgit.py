@@ -1571,9 +1571,9 @@ class Parser(argparse.ArgumentParser):
 
 # Copied from pixelcnn.py
 def positive(text):
-    """An integer of at least 1 on the command line."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    """An integer of 1 to ten million on the command line."""
+    if not 1 <= int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1, or more than ten million")
     return int(text)
 
 

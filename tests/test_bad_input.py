@@ -823,6 +823,8 @@ def test_mar_command_lines(fails, words, says, tmp_path, monkeypatch):
     (["sample", "--denoise-steps", "1001"], ["denoise_steps 1001"]),
     (["sample", "--labels", "nine"], ["nine", "circle"]),
     (["sample", "--guidance", "nan"], ["guidance is nan"]),
+    (["sample", "--temperature", "inf"], ["temperature is inf"]),
+    (["sample", "--num", "100000000000"], ["--num", "ten million"]),
     (["sample", "--temperature", "-1"], ["temperature is -1"]),
     (["sample", "--clip-x0", "-1"], ["clip_x0 is -1"]),
     (["inpaint"], ["--box"]),
@@ -876,3 +878,8 @@ def test_mar_official_files(fails, trained_mar, tmp_path, monkeypatch):
     fails(module, "sample", run, "--official", "vae.pth", "mar.pth", says=["one of them"])
     fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
     fails(module, "sample", "--official", "wide.pth", "mar.pth", says=["mar.pth reads latents of 3 channels", "makes 5"])
+    weights = torch.load("mar.pth")["model"]
+    torch.save({"model": {k: v for k, v in weights.items() if "fc1" not in k}}, "holes.pth")
+    fails(module, "sample", "--official", "vae.pth", "holes.pth", says=["holes.pth is no model of this paper", "fc1.weight is not in it"])
+    save(module.build_prior(dataclasses.replace(config, width=96, decoder_width=96, heads=6)), "heads.pth")
+    fails(module, "sample", "--official", "vae.pth", "heads.pth", says=["heads.pth: 96 wide", "encoder_num_heads"])

@@ -448,6 +448,8 @@ def test_released_checkpoints_map_completely(path):
         assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
         same = "latent_dim width decoder_width encoder_depth decoder_depth heads mlp_ratio buffer head_width head_depth image_size patch_size dropout".split()
         assert {f: getattr(model.config, f) for f in same} == {f: getattr(mar.PRESETS[name], f) for f in same}
+        drawing = (model.config.temperature, model.config.denoise_steps, model.config.guidance_schedule, model.config.clip_x0)
+        assert drawing == (1.0, 100, "linear", 0.0)                             # not the demo's
     else:
         assert sum(p.numel() for p in model.parameters()) == 66_456_019 and model.latent_std.flatten()[0] == pytest.approx(1 / 0.2325)
     less = dict(state)
