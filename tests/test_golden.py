@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
 from golden import check, fill, make_input  # noqa: E402
 
+import magvit  # noqa: E402
 import mar  # noqa: E402
 import maskgit  # noqa: E402
 import pixelcnn  # noqa: E402
@@ -43,6 +44,15 @@ LEFT_OUT = {   # part: {recorded output: why no check computes it}
         "the file holds the raster order alone, which all releases use"),
     "vqgan_gpt_sliding": dict.fromkeys(
         ("scene/16", "scene/24", "scene/32", "scene/45"), "windows of the scene models (bounding boxes), which the file does not hold"),
+    "magvit_tokenizer": {"strided/z": "strided convolutions between MAGVIT's levels, off in all released configs; the file does not hold them"},
+    "magvit_losses": {"d2/logit_real_blur1": "a blur in the discriminator of frames, off in all released configs; the file does not hold it"},
+    "magvit_commit": dict.fromkeys((f"schedule/poly:-1.0,0.0,1.0/{n}" for n in (64, 1024)), "a polynomial given by its coefficients: here the square schedule"),
+    "magvit_transformer": {"segment/logits": "a table of segments, off in all released configs; the file does not hold it"},
+    "magvit_lfq": dict.fromkeys(
+        (*(f"vqp/{name}{suffix}" for name in ("per_sample_entropy", "codebook_entropy", "aux_loss", "grad_x_aux") for suffix in ("", "_unit")),
+         *(f"vqp/groups/{name}" for name in ("indices", "per_sample_entropy", "codebook_entropy", "aux_loss", "grad_x_aux")), "vqp/gamma2.5/aux_loss"),
+        "the other third party's entropies: log(max(p, 1e-5)), means over groups of bits and a factor of its own; the file follows the first, as the paper") | {
+        "om2/entropy_fn": "a function of general affinities, whose arguments are not recorded"},
     "mar_diffloss": {"times/ddim": "a sampler that the release holds and never calls; the file does not hold it"},
 }
 CHECKS = {}    # part: function(golden file as a dict, inputs) -> {output name: array}
@@ -1113,6 +1123,276 @@ def mar_schedules(golden, inputs):
         image = Image.fromarray(inputs[f"crop{i}"].numpy().astype(np.uint8))
         out[f"crop{i}"] = torch.from_numpy(np.asarray(mar.center_crop(image, size)).astype(np.float32))
     return out
+
+
+to_last, to_second = lambda x: x.movedim(1, -1), lambda x: x.movedim(-1, 1)     # channels: N,C,T,H,W -> N,T,H,W,C, and back
+
+
+def magvit_fill(net, golden, prefix=""):
+    """net with the golden file's parameters `prefix/...` -> {official name: ours}."""
+    params, state = params_of(golden, layout="flax"), {}
+    names = magvit.flax_names(net)
+    for ours, theirs in names.items():
+        state[ours] = magvit.torch_layout(theirs, params[prefix + theirs])
+    net.load_state_dict(state)
+    return {theirs: ours for ours, theirs in names.items()}
+
+
+def magvit_modules(net, names):
+    """{official module: ours} of everything that has parameters, residual blocks and layers included."""
+    found = {}
+    for theirs, ours in names.items():
+        while "/" in theirs and "." in ours:
+            theirs, ours = theirs.rpartition("/")[0], ours.rpartition(".")[0]
+            found[theirs] = ours
+    return found
+
+
+def magvit_gradients(net, names, loss, prefix, heads=None):
+    """loss's gradients, in the release's layout."""
+    net.zero_grad()
+    loss.backward()
+    out, params = {}, dict(net.named_parameters())
+    for theirs, ours in names.items():
+        grad = params[ours].grad
+        if grad is not None:
+            grad = grad.permute(2, 3, 4, 1, 0) if grad.ndim == 5 else grad.T if theirs.endswith("kernel") else grad
+            split = heads and "self_attention" in theirs and "/out/" not in theirs
+            out[prefix + theirs] = grad.unflatten(-1, (heads, -1)) if split else grad
+    return out
+
+
+def magvit_config(c, **more):
+    return magvit.Config(**dict(frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
+                                temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
+                                code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], beta=c["commitment_cost"],
+                                entropy_weight=c["entropy_loss_ratio"], entropy_temperature=c["entropy_temperature"]) | more)
+
+
+@checks("magvit_tokenizer")
+def magvit_tokenizer(golden, inputs):
+    c, build, out = golden["config"], lambda **more: magvit.VideoTokenizer(magvit_config(golden["config"], **more)), {}
+    net, video = build(), to_second(inputs["video"])
+    names = magvit_fill(net, golden)
+    modules = {theirs: ours for theirs, ours in magvit_modules(net, names).items() if theirs in golden["outputs"]}
+    decoded = lambda net, ids: net.decoder(net.quantize.lookup(ids.flatten(1, 2)).view(len(ids), -1, *ids.shape[1:]))
+    with recorded(net, modules.values()) as seen:
+        z = net.encoder(video)
+        q, indices, losses = net.quantized(z)
+        again = net.decoder(q)
+    out |= {theirs: to_last(seen[ours]) for theirs, ours in modules.items()}
+    flat, e = to_last(z).flatten(0, 3), net.quantize.embedding.weight
+    distance = (flat[:, None] - e).square().sum(-1)
+    assert torch.equal(net.encode(2 * video - 1), indices)
+    torch.testing.assert_close(net(2 * video - 1)[0], 2 * again - 1)
+    torch.testing.assert_close(net.decode(inputs["ids"]), 2 * decoded(net, inputs["ids"]) - 1)
+    out |= {"z": to_last(z), "dist_min": distance.min(1).values.view(indices.shape), "indices": indices, "quantized": to_last(q), "recon": to_last(again),
+            "loss/quantizer_loss": sum(losses.values()), "loss/e_latent_loss": losses["commitment"], "loss/q_latent_loss": losses["codebook"],
+            "loss/entropy_loss": losses["entropy"], "from_ids/recon": to_last(decoded(net, inputs["ids"])),
+            "tiny/z": to_last(net.encoder(0.001 * to_second(inputs["tiny"])))}
+    for name, temperature, kind in (("softmax", c["entropy_temperature"], "softmax"), ("argmax", c["entropy_temperature"], "argmax"), ("T1", 1.0, "softmax")):
+        total, log_p = magvit.entropy_loss(-distance, temperature, kind), (-distance / temperature).log_softmax(-1)
+        each = -(log_p.max(-1).values if kind == "argmax" else (log_p.exp() * log_p).sum(-1)).mean()
+        out |= {f"loss/entropy_{name}/{part}": value for part, value in (("sample", each), ("total", total), ("avg", each - total))}
+    for ours, theirs in (("reflect", "reflect"), ("replicate", "edge")):
+        padded = build(padding=ours)
+        padded.load_state_dict(net.state_dict())
+        out |= {f"pad_{theirs}/z": to_last(padded.encoder(video)), f"pad_{theirs}/from_ids/recon": to_last(decoded(padded, inputs["ids"]))}
+    flat_net = build(time_kernel=1, frame_norm=True, temporal=len(c["temporal_downsample"]) * (False,))
+    magvit_fill(flat_net, golden, "2d/")
+    out |= {"2d/z": to_last(flat_net.encoder(video)), "2d/from_ids/recon": to_last(decoded(flat_net, inputs["ids2d"]))}
+    for how in ("central", "average"):
+        inflated = magvit.inflate(build(), flat_net, how)
+        out |= {f"inflate_{how}/z": to_last(inflated.encoder(video)), f"inflate_{how}/from_ids/recon": to_last(decoded(inflated, inputs["ids"]))}
+    net, video = net.double(), video.double()       # at temperature 0.01 the entropy's gradient is off by 4e-4 in float32, the official one by 1e-4
+    q, _, losses = net.quantized(net.encoder(video))
+    again = net.decoder(q)
+    loss = 100 * (sum(losses.values()) + F.mse_loss(again, video) + (to_last(again) * inputs["probe"]).mean())
+    return out | {"train/loss_x100": loss} | magvit_gradients(net, names, loss, "grad/")
+
+
+@checks("magvit_losses")
+def magvit_losses(golden, inputs):
+    c, out = golden["config"], {}
+    net = magvit.Discriminator((c["T"], c["S"], c["S"]), c["filters"], c["disc_mult"])
+    names, real, fake = magvit_fill(net, golden, "d3/"), to_second(inputs["real"]), to_second(inputs["fake"])
+    modules = {theirs: ours for theirs, ours in magvit_modules(net, names).items() if f"d3/{theirs}" in golden["outputs"]}
+    modules |= {theirs: ours for theirs, ours in (("Conv_0", "conv_in"), ("Conv_1", "conv_out"), ("Dense_0", "dense1"), ("Dense_1", "dense2"))}
+    with recorded(net, modules.values()) as seen:
+        out["d3/logit_real"] = net(real)
+    out |= {f"d3/{theirs}": to_last(seen[ours]) if seen[ours].ndim == 5 else seen[ours] for theirs, ours in modules.items()}
+    logits, r1 = magvit.r1_penalty(net, real)
+    torch.testing.assert_close(logits, out["d3/logit_real"])
+    out |= {"d3/logit_fake": net(fake), "d3/r1_x1e4": 1e5 * r1} | magvit_gradients(net, names, 1e6 * r1, "d3/grad_r1_x1e5/")   # the weight 10 is in both
+    frames = magvit.Discriminator((1, c["S"], c["S"]), c["filters"], c["disc_mult"], time_kernel=1)
+    magvit_fill(frames, golden, "d2/")
+    out["d2/logit_real_blur0"] = frames(real.transpose(1, 2).flatten(0, 1)[:, :, None]).view(*inputs["real"].shape[:2], 1)
+    out |= dict.fromkeys(("pool/odd", "pool/odd_t"), to_last(magvit.MeanPool(2)(to_second(inputs["odd"]))))
+    real, fake = inputs["logit_real"], inputs["logit_fake"]
+    for gan in ("hinge", "non-saturating"):
+        out |= {f"d_loss/{gan}": magvit.discriminator_loss(gan, real, fake), f"g_loss/{gan}": magvit.adversarial_loss(gan, fake)}
+    lecam = lambda *ema: magvit.lecam(real, fake, *map(torch.tensor, ema))
+    return out | {"lecam": lecam(0.3, -0.2), "lecam_ema0": lecam(0.0, 0.0)}
+
+
+MAGVIT_TASKS = dict(full_generation="CG", frame_prediction="FP", frame_prediction_cfp="CFP", frame_interpolation="FI", outpainting_h="OPH", outpainting_v="OPV",
+                    outpainting_c="OPC", outpainting_dv="OPD", inpainting_c="IPC", inpainting_dv="IPD")
+
+
+def magvit_prefix(task, labels, config):
+    """The prefix of a task, without its class where it has none, and the release's ids of it (special rows are negative there)."""
+    prefix = magvit.prefix_of(len(labels) * [task], labels if task in ("CG", "CFP") else torch.full_like(labels, config.num_classes), config)
+    return prefix, torch.where(prefix >= config.rows - 16, prefix - config.rows, prefix)
+
+
+@checks("magvit_commit")
+def magvit_commit(golden, inputs):
+    c, out, B = golden["config"], {}, golden["config"]["B"]
+    config, grid, labels = magvit.Config(codebook_size=c["K"], num_classes=c["classes"]), (c["lt"], c["ls"], c["ls"]), inputs["label"][:, 0]
+    z, z_cond, scores = (inputs[name].flatten(1) for name in ("z", "z_cond", "score"))
+    logits, video, ratio = [inputs["logits"][:, 2:]], to_second(inputs["video"]), torch.linspace(0.25, 0.9, B)
+    prior = argparse.Namespace(config=config)
+    for name in c["tasks"]:
+        task = MAGVIT_TASKS[name]
+        known = magvit.region(task, grid).expand(B, *grid).flatten(1)
+        if magvit.TASKS[task][1]:
+            out |= {f"{name}/cond_video": to_last(magvit.condition_video(task, video, black=0.0)), f"{name}/latent_mask": known.view(B, *grid),
+                    f"{name}/video_mask": magvit.region(task, video.shape[2:]).expand(B, *video.shape[2:])[..., None]}
+        shown, targets, weights, hidden = magvit.hide(z, z_cond, known, scores, ratio)
+        out |= {f"{name}/masked_inputs": torch.cat([magvit_prefix(task, labels, config)[1], shown], 1), f"{name}/segment_ids": F.pad((hidden & known).long(), (2, 0)),
+                f"{name}/uncond_masked_inputs": torch.cat([magvit_prefix("CG", torch.full_like(labels, c["classes"]), config)[1], shown.masked_fill(hidden, -1)], 1),
+                f"{name}/weights": F.pad(weights.float(), (2, 0))}
+        nats = magvit.MagvitTransformer.nats(prior, logits, targets)
+        out |= {f"{name}/loss_ls{s}": magvit.weighted_mean(magvit.MagvitTransformer.nats(prior, logits, targets, s), weights) for s in (0.0, 0.0001)}
+        out |= {f"{name}/ce_{part}": magvit.weighted_mean(nats, where) for part, where in (("refine", hidden & known), ("mask", hidden & ~known), ("recons", ~hidden))}
+    known = magvit.region("OPC", grid).expand(B, *grid).flatten(1)
+    for theirs, mode in (("None", "ignore"), ("cond2input", "commit"), ("input2input", "keep"), ("cond2cond", "paste")):
+        shown, targets, maskable, hidden = magvit.hide(z, z_cond, known, scores, ratio, mode)
+        for loss, weights in (("mask+refine", hidden), ("mask+refine+recons", maskable)):
+            out |= {f"mask/{theirs}/{loss}/{what}": x.view(B, *grid) for what, x in (("masked_inputs", shown), ("weights", weights), ("targets", targets))}
+    out["mask/limits/weights"] = magvit.hide(z, z_cond, known, scores, 1e-6, "ignore", most=torch.tensor([5, 2, 9]))[3].view(B, *grid)
+    for theirs, method in (("uniform", "linear"), ("pow2", "square"), ("pow3.5", "pow3.5"), ("cosine", "cosine"), ("log", "log"), ("exp", "exponential")):
+        out |= {f"schedule/{theirs}/{total}": magvit.schedule(torch.linspace(0.02, 0.98, 25), total, method) for total in (64, 1024)}
+    return out
+
+
+def magvit_bert(golden):
+    c = golden["config"]
+    net = magvit.MagvitTransformer(magvit.Config(
+        frames=c["lt"], image_size=c["ls"], ch_mult=(1,), temporal=(), codebook_size=c["K"], num_classes=c["classes"], width=c["width"], heads=c["heads"],
+        layers=c["layers"], mlp_ratio=c["mlp"] // c["width"], label_smoothing=c.get("smoothing", 0.0))).eval()
+    assert net.config.rows == c["vocab"]
+    return net, magvit_fill(net, golden)
+
+
+@checks("magvit_transformer")
+def magvit_transformer(golden, inputs):
+    c, pick, codes = golden["config"], inputs["pick"], inputs["codes"]
+    net, names = magvit_bert(golden)
+    ids = torch.where(pick == 0, magvit.MASK, codes)
+    ids[:, 0], ids[:, 1] = -3 - torch.arange(len(ids)), c["K"] + torch.arange(len(ids))
+    rows, modules = ids % net.config.rows, magvit_modules(net, names)
+    modules = {theirs: ours for theirs, ours in modules.items() if theirs in golden["outputs"]}
+    modules |= {f"BertLayer_{i}": f"layers.{i}" for i in range(c["layers"])}
+    modules = {theirs: ours for theirs, ours in modules.items() if not re.search(r"Attention_0$|Mlp_0$|self_attention$|Embed_0|BertMlmLayer_0$", theirs)}
+    with recorded(net, modules.values()) as seen:
+        embedded = net.embed(rows[:, :2], ids[:, 2:])
+        features = net.features(embedded)
+    out = {theirs: seen[ours] for theirs, ours in modules.items()}
+    logits = F.linear(features, net.word_embeddings.weight, net.mlm_bias)
+    [ours] = net(rows[:, :2], ids[:, 2:])
+    torch.testing.assert_close(ours, logits[:, 2:, :c["K"]])
+    out |= {"ids": ids, "BertEmbed_0": embedded, "BertEmbed_0/embeddings_ln": embedded, "BertEmbed_0/word_embeddings": net.word_embeddings(rows),
+            "BertEmbed_0/position_embeddings": net.position_embeddings.weight[None], "BertMlmLayer_0": logits, "logits": logits,
+            "logits_codes": logits[..., :c["K"]], "BertMlmLayer_0/mlm_ln": features}
+    for i in range(c["layers"]):
+        layer, attention = f"BertLayer_{i}", f"BertLayer_{i}/BertAttention_0"
+        for name in (f"{attention}/self_attention/{x}" for x in ("query", "key", "value")):
+            out[name] = out[name].unflatten(-1, (c["heads"], -1)) if name in out else None
+        out |= {attention: out.get(f"{attention}/attention_output_ln"), f"{attention}/self_attention": out.get(f"{attention}/self_attention/out"),
+                f"{layer}/BertMlp_0": out.get(f"{layer}/BertMlp_0/layer_output_ln")}
+    nats = net.nats([ours], codes[:, 2:], c["smoothing"])
+    out |= {"loss_masked": magvit.weighted_mean(nats, (pick == 0)[:, 2:]), "loss_all": magvit.weighted_mean(nats, torch.ones_like(nats))}
+    return out | magvit_gradients(net, names, 1000 * out["loss_all"], "grad/", c["heads"])
+
+
+@checks("magvit_decode")
+def magvit_decode(golden, inputs):
+    c, out = golden["config"], {}
+    (net, _), grid, labels = magvit_bert(golden), (c["lt"], c["ls"], c["ls"]), inputs["label"][:, 0]
+    null, null_ids = magvit_prefix("CG", torch.full_like(labels, c["classes"]), net.config)
+    for name in {name.split("/")[0] for name in golden["outputs"]}:
+        task = MAGVIT_TASKS[re.sub(r"_fixed|_cfg[\d.]+", "", name).replace("frame_prediction_cfp", "frame_prediction_cfp")]
+        prefix, ids = magvit_prefix(task, labels, net.config)
+        known, trace = magvit.region(task, grid).expand(len(labels), *grid).flatten(1), []
+        drawn = magvit.decode_tokens(
+            net, prefix, inputs["z_cond"].flatten(1), known, steps=c["steps"], method=c["schedule"], choice_temperature=c["temperature"],
+            guidance=1 + c["guidance"] if "_cfg" in name else 1.0, null_prefix=null, mode="paste" if "_fixed" in name else "commit",
+            noise=lambda step, what, like: inputs[f"gumbel_{what}{step}{c['name']}"].view(like.shape), trace=trace)
+        assert [int(step["hidden"][0].sum()) for step in trace[:-1]] == golden["notes"][f"{name}/unknown_counts"]
+        out |= {f"{name}/prefix": ids, f"{name}/prefix_uncond": null_ids, f"{name}/final": drawn.view(-1, *grid)}
+        for k, step in enumerate(trace):
+            values = {"logits": step["logits"][0], "tokens": step["tokens"], "next_input": step["inputs"], "score_unknown": step["score"].nan_to_num(posinf=0.0)}
+            out |= {f"{name}/step{k}/{what}": x.unflatten(1, grid) for what, x in values.items()}
+    return out
+
+
+@checks("magvit_lfq")
+def magvit_lfq(golden, inputs):
+    c, out, E = golden["config"], {}, golden["config"]["bits"]
+    quantizer, reverse = magvit.LookupFree(E), lambda indices: magvit.join(magvit.split(indices, E * (1,)).flip(-1), E * (1,))
+    for suffix, scale in (("", c["scale"]), ("_unit", 1.0)):
+        x = (scale * inputs["x"]).requires_grad_()
+        q, indices, losses = quantizer(x)
+        each, together = quantizer.entropies(to_last(x).flatten(0, -2))
+        out |= {f"om2/{name}{suffix}": value for name, value in dict(quantized=q, indices=indices.flatten(), per_sample_entropy=each, codebook_entropy=together,
+                                                                     entropy_loss=each - together, commitment=losses["commitment"] / quantizer.beta).items()}
+        out |= {f"vqp/quantized{suffix}": q, f"vqp/commitment{suffix}": out[f"om2/commitment{suffix}"], f"vqp/indices{suffix}": reverse(indices)}
+        out[f"om2/grad_x_aux{suffix}"], = torch.autograd.grad(sum(losses.values()), x, retain_graph=True)
+        out |= {} if suffix else {"om2/grad_x_ste": torch.autograd.grad((q * inputs["probe"]).sum(), x)[0]}
+        if not suffix:
+            bits = (2, E - 2)
+            for i, name in enumerate(("pre", "post")):
+                part = magvit.split(indices, bits)[..., i]
+                out |= {f"om2/factorized/{name}": part.flatten(), f"om2/factorized/decoded_{name}": magvit.LookupFree(bits[i]).lookup(part)}
+    zeros = torch.tensor([0.0, -0.0, 1e-30, -1e-30]).repeat(-(-E // 4))[:E].view(1, E, 1, 1)
+    q, indices, _ = quantizer(zeros)
+    return out | {"edge/om2/quantized": q, "edge/om2/indices": indices.flatten(), "edge/vqp/indices": reverse(indices),
+                  "om2/decode_ids": to_last(quantizer.lookup(inputs["ids"])), "vqp/indices_to_codes": quantizer.lookup(reverse(inputs["ids"]))}
+
+
+@checks("magvit_om2_video")
+def magvit_om2_video(golden, inputs):
+    c, params, video = golden["config"], params_of(golden), inputs["video"]
+    config = magvit.Config(causal=True, frames=c["T"], image_size=c["S"], ch=c["ch"], groups=32, ch_mult=c["mult"], temporal=[m != 1 for m in c["mult"][:-1]],
+                           num_res_blocks=c["blocks"], num_res_blocks_decoder=c["blocks"], code_dim=c["z"])
+    plain = lambda state: {name.replace(".conv_1.", "."): value for name, value in state.items()}
+    net = magvit.VideoTokenizer(config).eval()
+    net.load_state_dict(plain({name: value for name, value in params.items() if name.startswith(("encoder", "decoder"))}))
+    with torch.no_grad():
+        names = [name for name, _ in net.named_modules() if name in golden["outputs"]]
+        with recorded(net, names) as seen:
+            z = net.encoder(video)
+            indices = net.quantize.indices(z)
+            again = net.decoder(net.quantize.lookup(indices))
+        torch.testing.assert_close(net(video)[0], again)
+        bits, out = 2.0 * inputs["bits"] - 1, {name: seen[name] for name in names}
+        out |= {"z": z, "z_abs_min": z.abs().min(), "indices": indices.flatten(), "recon": again, "from_bits/recon": net.decoder(bits),
+                "image/z": net.encoder(video[:, :, :1]), "image/from_bits/recon": net.decoder(bits[:, :, :1]),
+                "depth_to_space3d": magvit.DepthToSpace.cells(inputs["d2s"], (2, 2, 2))}
+        for s in ("111", "122", "222"):
+            weight = params[f"conv{s}.conv_1.weight"]
+            conv = magvit.Conv(weight.shape[1], weight.shape[0], config, stride=tuple(map(int, s)))
+            conv.load_state_dict({"weight": weight, "bias": params[f"conv{s}.conv_1.bias"]})
+            out |= {f"conv{s}": conv(inputs["conv_in"]), f"conv{s}/first_frame_only": conv(inputs["conv_in"][:, :, :1])}
+        up = magvit.DepthToSpace(params["up222.conv1.conv_1.weight"].shape[1], config, (2, 2, 2))
+        up.load_state_dict(plain({name.removeprefix("up222."): value for name, value in params.items() if name.startswith("up222.")}))
+        out |= {f"up222/T{i}": up(inputs[f"up_in{i}"]) for i in (1, 2, 3)}
+        flat = magvit.VideoTokenizer(dataclasses.replace(config, time_kernel=1, temporal=len(config.temporal) * (False,))).eval()
+        flat.load_state_dict({name[3:]: value[:, :, None] if value.ndim == 4 else value for name, value in params.items() if name.startswith("2d.")})
+        inflated = magvit.inflate(magvit.VideoTokenizer(config).eval(), flat, "last")
+        return out | {"2d/z": flat.encoder(video[:, :, :1])[:, :, 0], "inflated/z": inflated.encoder(video), "inflated/image_z": inflated.encoder(video[:, :, :1]),
+                      "inflated/from_bits/recon": inflated.decoder(bits)}
 
 
 def read(path):

@@ -254,7 +254,7 @@ def test_two_processes_equal_one(case, tmp_path):
     train(case, tmp_path / "one")
     losses = {name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")}
     assert len(losses["one"]) == case.config.train_steps_prior + case.config.train_steps_tokenizer
-    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5, rel=1e-6)          # a sum over an image's pixels is a hundred or more
 
 
 def test_the_whole_command_line_runs(case, tmp_path, capsys):
