@@ -8,14 +8,15 @@
     Language Model Beats Diffusion: Tokenizer is Key to Visual Generation (MAGVIT-v2), Yu et al., ICLR 2024, 2310.05737
     Release: google-research/magvit (Flax code, no weights); of v2 none: SEED-Voken's Open-MAGVIT2 (third party)
 
-The idea. A 3D VQGAN turns a clip into a volume of codes, and a bidirectional transformer fills it in as MaskGIT fills in
-a picture. To predict, interpolate, inpaint and outpaint with one model, the known pixels must enter somehow, and they
-seldom fill whole codes. COMMIT: what is known is padded to a whole clip, and that clip's codes stand where MASK would
-stand. They are half right, so the model learns three things in one loss: to refine them, to tell what is masked, and to
-repeat what is given. In sampling all are drawn anew, the known ones too.
+The idea. A 3D VQGAN turns a clip into a volume of codes, and a bidirectional transformer fills it in as MaskGIT fills
+in a picture. To predict, interpolate, inpaint and outpaint with one model, the known pixels must enter somehow, and
+they seldom fill whole codes. COMMIT: what is known is padded to a whole clip, and that clip's codes stand where MASK
+would stand. They are half right, so the model learns three things in one loss: to refine them, to tell what is masked,
+and to repeat what is given. In sampling all are drawn anew, the known ones too.
 
-MAGVIT-v2 makes the tokenizer causal in time, so that a picture is a clip of one frame, and has no table of codes: a code
-is the signs of 18 numbers (lookup-free quantization), one of 2^18. A transformer reads and tells them as 2 x 9 bits.
+MAGVIT-v2 makes the tokenizer causal in time, so that a picture is a clip of one frame, and has no table of codes: a
+code is the signs of 18 numbers (lookup-free quantization), one of 2^18. A transformer reads and tells them as 2 x 9
+bits.
 
     videos (B,3,T,H,W) -> Encoder -> z (B,E,t,h,w) -> nearest of V codes, or signs -> tokens (B,N) -> Decoder -> videos
     training: tokens, some hidden (as the condition's codes or MASK) -> Transformer -> cross-entropy at ALL positions
@@ -29,7 +30,6 @@ Glossary
     refine, mask, recons   parts of the loss: hidden and known, hidden and not known, not hidden
 """
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,9 +116,9 @@ class Config:
 
 # === Tokenizer: videos <-> codes ======================================================================================
 class Conv(nn.Conv3d):
-    """3D convolution of odd kernel that pads itself.  (B, C_in, T, H, W) -> (B, C_out, T', H', W'), T' = ceil(T / stride).
+    """3D convolution of odd kernel that pads itself.  (B, C_in, T, H, W) -> (B, C_out, T', H', W'), T' = ceil(T / s).
 
-    causal: in time all padding comes before, k - 1 frames of zeros, so that output t sees frames up to t stride.
+    causal: in time all padding comes before, k - 1 frames of zeros, so that output t sees frames up to s t.
     """
     def __init__(self, in_channels, out_channels, config, kernel=3, stride=1, bias=True):
         time = min(kernel, config.time_kernel)
