@@ -321,6 +321,24 @@ def test_every_token_is_drawn_once(N):
         assert torch.equal(step["tokens"][~after["masked"]], trace[-1]["tokens"][~after["masked"]])     # final, never revisited
 
 
+def test_training_feeds_normalised_samples_and_drops_labels(tmp_path, monkeypatch):
+    """Planted: means in place of samples; latents not normalised; labels never dropped; the average and the model exchanged."""
+    config = dataclasses.replace(TINY, train_steps_prior=20, batch_size_prior=16, label_dropout=0.5, warmup=0, lr_prior=1e-3)
+    tokenizer, _ = build(config)
+    side, data = config.image_size // config.f, mar.Data(list("abc"), (torch.zeros(30), torch.arange(30) % 3), None)
+    moments = torch.cat([torch.full((30, config.latent_dim, side, side), 5.0), torch.full((30, config.latent_dim, side, side), 2 * math.log(2))], 1)
+    seen, loss = [], MAR.loss
+    monkeypatch.setattr(mar, "cached_moments", lambda *_: moments[None])
+    monkeypatch.setattr(MAR, "loss", lambda self, tokens, labels, *more: (seen.append((tokens, labels)), loss(self, tokens, labels, *more))[1])
+    torch.manual_seed(config.seed)
+    first = mar.build_prior(config).state_dict()
+    averaged = mar.train_prior(config, data, mar.Run(tmp_path / "run", config, data.classes), tokenizer).state_dict()
+    tokens, labels = (torch.cat(parts) for parts in zip(*seen))
+    assert tokens.mean().abs() < 0.02 and abs(tokens.std() - 1) < 0.02          # mean 5 and deviation 2 before
+    assert 0.4 < (labels == config.num_classes).float().mean() < 0.6
+    assert any(not torch.equal(first[name], averaged[name]) for name in first)
+
+
 def test_an_order_passes_over_what_is_known():
     """Wherever the known places stand in it, each iteration draws as many hidden ones as the schedule says. Planted: ranks among all places."""
     tokenizer, prior = build()
