@@ -29,20 +29,43 @@ Glossary
     MASK       id -1, which reads the last row of the table;   prefix: task (if several) and class, before the codes
     refine, mask, recons   parts of the loss: hidden and known, hidden and not known, not hidden
 """
+import argparse
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import inspect
+import io
+import json
 import math
+import os
+import re
+import signal
+import sys
+import time
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps, ImageSequence
+from tqdm import tqdm
 
 
 # === Config and presets: every number of both stages ==================================================================
 @dataclass
 class Config:
     """All settings; each comment is also the flag's --help. The defaults are the demo."""
+    data: str = "shapes"            # shapes, moving_mnist, or a folder with train/<class>/*, test/<class>/* (clips)
+    data_dir: str = "data"          # where mnist is looked for, or downloaded to
+    train_videos: int = 0           # use only this many training clips (0: all; of the endless shapes 4,000)
+    test_videos: int = 0            # use only this many test clips (0: all; of the endless shapes 400)
+    skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
     frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
     num_classes: int = 9            # classes the transformer is told (0: none)
@@ -51,20 +74,30 @@ class Config:
     frame_norm: bool = False        # statistics of the norms per frame: nothing of the future (v2's third party: off)
     time_kernel: int = 3            # frames a convolution sees (1: a 2D net)
     padding: str = "constant"       # around the frames: constant (zeros), reflect or replicate (paper: reflect)
-    ch: int = 32                    # width of the first level, a multiple of the groups (release: 64, 128)
+    ch: int = 16                    # width of the first level, a multiple of the groups (release: 64, 128)
     groups: int = 8                 # groups of GroupNorm (release: 32)
-    ch_mult: tuple = (1, 2, 2)      # widths of the levels in units of ch; each level but the last halves the side
+    ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
     temporal: tuple = (True, False)  # which of these halvings halve time as well
     num_res_blocks: int = 1         # residual blocks per level of the encoder, and after the last (release: 2)
     num_res_blocks_decoder: int = 1  # of the decoder, and before the first (release: as many)
     code_dim: int = 8               # E, width of a code; causal: bits, V = 2^E
     codebook_size: int = 128        # V, codes (causal: ignored)
-    beta: float = 0.25              # weight of the commitment term
-    entropy_weight: float = 0.1     # weight of the entropy term
+    beta: float = 0.05              # weight of the commitment term (release: 0.25)
+    entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
-    codebook_ema: float = 0.0       # decay of the running means that the codes are (release: 0, by gradient)
-    restart: int = 0                # a code unused for so many steps moves to a random latent of the batch (0: never)
+    codebook_ema: float = 0.95      # decay of the running means that the codes are (release: 0, by gradient)
+    restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
+    entropy_boost: float = 0.0      # the entropy term begins with 1 + this times its weight (v2, as its author says: 3)
+    entropy_boost_steps: int = 2000  # steps in which that goes
+    gan: str = "non-saturating"     # losses of generator and discriminator: non-saturating or hinge
+    disc_weight: float = 0.0        # weight of the GAN's term (0: no GAN; release: 0.1)
+    disc_start: int = 0             # first step of the GAN; before it the discriminator does not learn (release: 0)
+    disc_width: int = 16            # features of the discriminator's first layer (release: 64, 128)
+    disc_mult: tuple = (2, 4, 4)    # widths of its blocks in units of that; each halves sides and frames
+    r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real clips
+    lecam_weight: float = 0.0       # weight of LeCam's term (paper: 0.001; released configs: 0)
     # transformer
+    tasks: str = "CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # what the transformer learns, a task in each step
     multi_task: bool = True         # several tasks: a task token before the class (off: one task, no token)
     token_bits: tuple = ()          # a code's bits in parts, each with a table of its own (v2: 9 9; empty: one table)
     width: int = 128                # M, width of the transformer
@@ -72,7 +105,26 @@ class Config:
     layers: int = 4                 # transformer layers
     mlp_ratio: int = 4              # width of the layers' hidden units in units of M
     dropout: float = 0.0            # of embeddings, attention, its output and the mlp's (release: 0.1)
+    label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     label_smoothing: float = 1e-4   # share of the target spread evenly over all codes
+    schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
+    # training
+    seed: int = 0                   # a step is a function of (seed, step)
+    batch_size: int = 8             # clips per step of the tokenizer, over all processes
+    batch_size_prior: int = 16      # clips per step of the transformer, over all processes
+    train_steps_tokenizer: int = 500  # steps of the tokenizer
+    train_steps_prior: int = 2000   # steps of the transformer
+    lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
+    lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
+    warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
+    warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
+    clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
+    ema: float = 0.995              # decay of the averaged weights, which sampling uses (0: the weights themselves)
+    log_every: int = 10             # steps between two rows of metrics.jsonl
+    save_every: int = 250           # steps between two checkpoints
+    sample_steps: int = 12          # passes of the transformer for a clip
+    choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
+    guidance: float = 1.0           # logits = no class + guidance (class - no class); 1: none
 
     def __post_init__(self):
         self.ch_mult, self.temporal, self.token_bits = map(tuple, (self.ch_mult, self.temporal, self.token_bits))
@@ -112,6 +164,12 @@ class Config:
     def rows(self):
         """Rows of the transformer's table: codes' parts, classes, "no class", and 1 or 16 special ones."""
         return sum(self.group_sizes) + self.num_classes + 1 + (16 if self.multi_task else 1)
+
+
+PRESETS = {
+    "demo": Config(),
+    "moving_mnist": Config(data="moving_mnist", num_classes=10),
+}
 
 
 # === Tokenizer: videos <-> codes ======================================================================================
@@ -767,6 +825,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.Sequential(*(DiscriminatorBlock(i, o, time_kernel) for i, o in zip(widths, widths[1:])))
         self.conv_out = conv(widths[-1], widths[-1])
         self.dense1, self.dense2 = nn.Linear(left * widths[-1], widths[-1]), nn.Linear(widths[-1], 1)
+        self.register_buffer("means", torch.zeros(2))                           # running, of both logits: for LeCam
         for module in self.modules():
             if isinstance(module, (nn.Conv3d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -805,6 +864,10 @@ def lecam(real, fake, ema_real, ema_fake):
     Holds D back where it tells both apart too well.   Source: train_lib/losses.py; Tseng et al. 2021.
     """
     return F.relu(real.mean() - ema_fake).square() + F.relu(ema_real - fake.mean()).square()
+
+
+def build_discriminator(config):
+    return Discriminator((config.frames, config.image_size, config.image_size), config.disc_width, config.disc_mult)
 
 
 # === Sampler: one visible loop for all tasks ==========================================================================
@@ -851,6 +914,197 @@ def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method
             hidden = again & hidden
         if trace is not None:
             trace.append(dict(logits=logits, tokens=tokens, inputs=inputs, score=score, hidden=hidden))
+    return tokens
+
+
+@torch.no_grad()
+def sample(tokenizer, prior, task, labels, *, videos=None, frames=1, mode="commit", **decoding):
+    """Clips by a task (see TASKS) -> (B, 3, T, H, W) in [-1, 1].
+
+    labels (B,) int64 classes (num_classes: none, as in all tasks but CG and CFP). videos (B, 3, T, H, W): what the task
+    completes; what it does not know of them is not read. frames: known ones, of FP, CFP, FI. decoding: see
+    decode_tokens. UserError: a task that the model was not trained for, guidance of a model without dropped labels.
+    """
+    c, B = prior.config, len(labels)
+    if task not in c.tasks.split():
+        raise UserError(f"task {task} is unknown: this model knows {c.tasks}")
+    none = torch.full_like(labels, c.num_classes)
+    labels = labels if task in ("CG", "CFP") else none
+    if (guidance := decoding.get("guidance", 1)) != 1 and not (c.label_dropout and c.num_classes):
+        raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
+    known = region(task, c.latent_shape, latent_frames(c, frames)).to(labels.device)
+    known, condition = known.expand(B, *c.latent_shape).flatten(1), None
+    if task != "CG":
+        condition = tokenizer.encode(condition_video(task, videos, frames)).flatten(1)
+    null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], none, c)
+    tokens = decode_tokens(prior, prefix_of(B * [task], labels, c), condition, known, null_prefix=null, mode=mode,
+                           **decoding)
+    return tokenizer.decode(tokens.view(B, *c.latent_shape)).clamp(-1, 1)
+
+
+def latent_frames(config, frames):
+    """How many frames of the code volume count as known with so many of the clip: those that see nothing else, or 1."""
+    return max(1, (frames - config.causal) // config.f_time + config.causal)
+
+
+# === Training: one visible loop per stage =============================================================================
+# Copied from vqgan_gpt.py
+def backward(loss, optimizer):
+    """Gradients of the optimizer's parameters, averaged over all processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    average(*(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None))
+
+
+# Copied from pixelcnn.py
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema += (1 - decay) (model - ema), with less decay at first: the average must not lag behind a young model."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def generator_loss(config, real, fake, quantizer_loss, perceptual=None, discriminator=None):
+    """mean (real - fake)^2 + quantizer_loss + weighted mse of ResNet's logits, weighted GAN term -> loss, metrics.
+
+    real, fake: videos (B, 3, T, H, W) in [0, 1]. perceptual, discriminator None: without them. Weights are fixed.
+    """
+    metrics = {"mse": F.mse_loss(fake, real)}
+    loss = metrics["mse"] + quantizer_loss
+    if perceptual:
+        frames = lambda x: F.interpolate(x.transpose(1, 2).flatten(0, 1), (224, 224), mode="bilinear")
+        metrics["perceptual"] = F.mse_loss(perceptual(frames(fake)), perceptual(frames(real)))
+        loss = loss + config.perceptual_weight * metrics["perceptual"]
+    if discriminator:
+        metrics["g_loss"] = adversarial_loss(config.gan, discriminator(fake))
+        loss = loss + config.disc_weight * metrics["g_loss"]
+    return loss, metrics
+
+
+def train_tokenizer(config, data, run):
+    """Autoencoder and discriminator, both in every step and from the same clips. Returns the averaged tokenizer."""
+    torch.manual_seed(config.seed)
+    tokenizer, ema = (build_tokenizer(config).to(run.device) for _ in range(2))
+    ema.load_state_dict(tokenizer.state_dict())
+    discriminator = build_discriminator(config).to(run.device) if config.disc_weight else None
+    objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
+    adam = lambda net: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr_tokenizer,
+                                        (0.0, 0.99), fused=run.device.type != "mps")
+    optimizer = adam(tokenizer)
+    if discriminator:
+        opposing = adam(discriminator)
+        objects |= {"discriminator": discriminator, "optimizer_discriminator": opposing}
+    print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
+          f"{len(data.train[0]):,} clips of {config.data}")
+    for step in run.steps("tokenizer", config.train_steps_tokenizer, **objects, optimizer=optimizer):
+        generator = rng(config.seed, step)
+        [videos] = shard(data.batch("train", config.batch_size, generator)[0], device=run.device)
+        adversary = discriminator if step >= config.disc_start else None
+        with autocast(run.device):
+            again, found = tokenizer(videos, generator)
+        real, fake = (videos + 1) / 2, (again.float() + 1) / 2
+        # 1. the autoencoder
+        more = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
+        quantizer_loss = found["commitment"] + found.get("codebook", 0) + more * found["entropy"]
+        loss, metrics = generator_loss(config, real, fake, quantizer_loss, None, adversary)
+        backward(loss, optimizer)
+        # 2. the discriminator, before either has changed
+        if adversary:
+            logits, r1 = r1_penalty(discriminator, real)
+            made = discriminator(fake.detach())
+            d_loss = discriminator_loss(config.gan, logits, made)
+            held = lecam(logits, made, *discriminator.means)
+            backward(d_loss + config.r1_weight * r1 + config.lecam_weight * held, opposing)
+            discriminator.means.lerp_(torch.stack([logits.mean(), made.mean()]).detach(), 0.001)   # after the loss
+            metrics |= {"d_loss": d_loss, "r1": r1, "lecam": held}
+        run.log("tokenizer", step, loss=loss, **found, **metrics)               # raises on NaN before a weight changes
+        for each in (optimizer, opposing) if adversary else (optimizer,):
+            set_lr(each, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
+            each.step()
+        update_ema(ema, tokenizer, step, config.ema)
+    return ema.eval()
+
+
+# Copied from maskgit.py
+def parameter_groups(prior, weight_decay=0.045):
+    """Weight decay on the matrices of linear layers alone: not on biases, LayerNorm, embeddings (MAGVIT's rule)."""
+    decay = {id(module.weight) for module in prior.modules() if isinstance(module, nn.Linear)}
+    groups = [[p for p in prior.parameters() if (id(p) in decay) == wanted] for wanted in (True, False)]
+    return [dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)]
+
+
+def train_prior(config, data, run, tokenizer):
+    """COMMIT on the training clips, a task for each step. Returns the averaged prior."""
+    torch.manual_seed(config.seed)
+    prior, ema = (build_prior(config).to(run.device) for _ in range(2))
+    ema.load_state_dict(prior.state_dict())
+    optimizer = torch.optim.AdamW(parameter_groups(prior), config.lr_prior, (0.9, 0.96),
+                                  fused=run.device.type != "mps")
+    (videos, all_labels), tasks = data.train, config.tasks.split()
+    all_tokens = cached_tokens(tokenizer, data, run)
+    share, perplexity = use(all_tokens, tokenizer)
+    print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} tokens a clip; "
+          f"{share:.1%} of {tokenizer.codebook_size} codes in use, perplexity {perplexity:.1f}; nats per token without "
+          f"context: {perplexity.log():.3f}")
+    for step in run.steps("prior", config.train_steps_prior, prior=prior, prior_ema=ema, optimizer_prior=optimizer):
+        generator = rng(config.seed, step)
+        rank = dist.get_rank() if dist.is_initialized() else 0                  # dropout: every process its own
+        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)) + rank)
+        index = torch.randint(len(videos), (config.batch_size_prior,), generator=generator)
+        task = tasks[torch.randint(len(tasks), (), generator=generator)]
+        ratio = schedule(torch.rand((), generator=generator), prior.places, config.schedule)    # one for all clips
+        scores, labels = torch.rand(len(index), prior.places, generator=generator), all_labels[index]
+        if task not in ("CG", "CFP"):
+            labels = torch.full_like(labels, config.num_classes)
+        elif config.num_classes:
+            dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
+            labels = labels.masked_fill(dropped, config.num_classes)
+        tokens, labels, scores, index = shard(all_tokens[index].flatten(1), labels, scores, index, device=run.device)
+        known = region(task, config.latent_shape).to(run.device).expand(len(tokens), *config.latent_shape).flatten(1)
+        condition = tokens
+        if task != "CG":
+            seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1)
+            with torch.no_grad(), autocast(run.device):
+                condition = tokenizer.encode(seen).flatten(1)
+        with autocast(run.device):
+            prefix = prefix_of(len(tokens) * [task], labels, config)
+            loss, metrics = prior.loss(prefix, tokens, condition, known, scores, ratio)
+        backward(loss, optimizer)
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
+        set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
+        optimizer.step()
+        update_ema(ema, prior, step, config.ema)
+    return ema.eval()
+
+
+@torch.no_grad()
+def tokenize(tokenizer, videos, device):
+    """videos uint8 (n, 3, T, H, W) -> tokens (n, t, h, w) int64."""
+    many = max(1, min(64, 2 ** 22 // videos[0].numel()))                        # the encoder takes memory
+    parts = tqdm(videos.split(many), "tokens of the clips", leave=False, disable=None)
+    return torch.cat([tokenizer.encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
+
+
+# Copied from vqvae2.py
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
+    digest = hashlib.sha256()
+    for value in (*tokenizer.state_dict().values(), *more):
+        digest.update(value.cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def cached_tokens(tokenizer, data, run):
+    """The training clips' tokens, kept in RUN/tokens.npz with the fingerprint of the tokenizer and of the data."""
+    mark, path = fingerprint(tokenizer, *data.train), run.folder / "tokens.npz"
+    if path.exists():
+        with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
+            if np.array_equal(file["made_of"], mark.numpy()):
+                return torch.from_numpy(file["tokens"].astype(np.int64))
+    tokens = tokenize(tokenizer, data.train[0], run.device)
+    if run.is_main:
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(np.uint32))
+        write_file(path, buffer.getbuffer())
     return tokens
 
 
@@ -921,6 +1175,297 @@ class UserError(Exception):
 
 def check(config):
     """Raise UserError on settings that no model can be built from: one line with what would be right."""
+    def need(good, message):
+        if not good:
+            raise UserError(message)
+    c = config
+    need(c.gan in ("non-saturating", "hinge"), f"gan {c.gan!r} is unknown: non-saturating or hinge")
+    need(c.padding in ("constant", "reflect", "replicate"), f"padding {c.padding!r}: constant, reflect or replicate")
+    need(c.schedule in ("cosine", "log", "exponential", *POWERS) or
+         re.fullmatch(r"pow(?=.*[1-9])\d*\.?\d+", c.schedule),
+         f"schedule {c.schedule!r} is unknown: cosine, {', '.join(POWERS)}, log, exponential, or pow2.5 and the like")
+    wrong = [task for task in c.tasks.split() if task not in TASKS]
+    need(c.tasks.split() and not wrong, f"task {' '.join(wrong)} is unknown: {' '.join(TASKS)}")
+    need(c.multi_task or len(c.tasks.split()) == 1, "several tasks need --multi-task")
+    for names, least in (("batch_size batch_size_prior log_every save_every frames image_size num_res_blocks code_dim "
+                          "num_res_blocks_decoder disc_width width heads layers mlp_ratio sample_steps", 1),
+                         ("codebook_size", 2),
+                         ("warmup warmup_tokenizer train_videos test_videos train_steps_tokenizer train_steps_prior "
+                          "num_classes restart disc_start disc_weight r1_weight lecam_weight beta entropy_weight clip "
+                          "entropy_boost entropy_boost_steps choice_temperature", 0)):
+        for name in names.split():
+            need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
+    for name in ("codebook_ema", "dropout", "label_dropout", "label_smoothing", "ema"):
+        need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
+    need(c.choice_temperature < math.inf, f"choice_temperature is {c.choice_temperature}: a number, at least 0")
+    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.entropy_temperature > 0,
+         "lr_tokenizer, lr_prior and entropy_temperature must be positive")
+    need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
+    need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
+    need(len(c.temporal) >= len(c.ch_mult) - 1, f"temporal needs {len(c.ch_mult) - 1} numbers, 0 or 1 for each halving")
+    need(c.ch > 0 and c.groups > 0 and c.ch % c.groups == 0, f"ch {c.ch} is not divisible by groups, {c.groups}")
+    need(c.width % c.heads == 0, f"width {c.width} is not divisible by heads, {c.heads}")
+    need(c.image_size % c.f == 0, f"frames of {c.image_size} pixels are not divisible by f = {c.f}")
+    need((c.frames - c.causal) % c.f_time == 0,
+         f"{c.frames} frames: must be {'one more than ' * c.causal}a multiple of {c.f_time}")
+    need(math.prod(c.latent_shape) >= 2, "a clip of one token: masks need at least 2")
+    need(not c.token_bits or 2 ** sum(c.token_bits) == c.codebook_size,
+         f"token_bits {c.token_bits}: their sum must give {c.codebook_size} codes")
+    need(sum(c.group_sizes) <= 2 ** 20, f"{sum(c.group_sizes):,} rows of codes: split them, --token-bits 9 9 of 18")
+    need(c.guidance == 1 or c.label_dropout > 0 or not c.num_classes,
+         "guidance needs a model that saw dropped labels: --label-dropout 0.1, or --guidance 1")
+
+
+# Copied from pixelcnn.py
+@contextlib.contextmanager
+def explain(what, remedy):
+    """Inside the block an error of reading, writing or decoding becomes a UserError: what failed, why, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                                                  # damaged files raise all kinds
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:100] or type(error).__name__
+        raise UserError(f"{what} ({reason}): {remedy}") from None
+
+
+# Copied from pixelcnn.py
+def write_file(path, data):
+    """Write bytes to a temporary file, then rename it: a reader finds the old file or the new one, never a half."""
+    temporary = Path(f"{path}.tmp")
+    with explain(f"cannot write {path}", "what was there before is unharmed"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star", "crescent", "bars")
+COLOURS = {"red": (235, 60, 50), "orange": (245, 150, 40), "yellow": (245, 225, 60), "green": (70, 190, 80),
+           "cyan": (70, 210, 225), "blue": (65, 105, 235), "purple": (150, 75, 205), "pink": (250, 150, 195)}
+MOTIONS = "right left down up clockwise counterclockwise growing shrinking still".split()
+
+
+# Copied from pixelcnn.py
+def shape_distance(shape, x, y):
+    """Signed distance (negative inside) from the points x, y to a shape of radius 1 around 0; y points down."""
+    def star():
+        angle, r = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5, np.hypot(x, y)    # five arms as one
+        nx, ny = 0.45 * np.sin(np.pi / 5), 1 - 0.45 * np.cos(np.pi / 5)         # normal of the edge from tip to notch
+        return ((r * np.cos(angle) - 1) * nx + np.abs(r * np.sin(angle)) * ny) / np.hypot(nx, ny)
+    box = lambda x, y, w, h: np.maximum(np.abs(x) - w, np.abs(y) - h)
+    return {"circle": lambda: np.hypot(x, y) - 1,
+            "square": lambda: box(x, y, 0.8, 0.8),
+            "triangle": lambda: np.maximum(y, np.abs(x) * 0.75 ** 0.5 - y / 2) - 0.5,
+            "diamond": lambda: (np.abs(x) / 0.65 + np.abs(y) - 1) * 0.55,
+            "ring": lambda: np.abs(np.hypot(x, y) - 0.75) - 0.25,
+            "cross": lambda: np.minimum(box(x, y, 1, 0.3), box(x, y, 0.3, 1)),
+            "star": star,
+            "crescent": lambda: np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.5, y)),
+            "bars": lambda: box(x, np.minimum(np.abs(y), np.abs(np.abs(y) - 0.66)), 0.9, 0.2)}[shape]()
+
+
+def draw_motions(seed, indices, frames, size):
+    """Clip i is a function of (seed, i): one shape, one colour, one motion. indices (B,) -> clips uint8 (B, T, size,
+    size, 3), labels int64 (B,): the motion."""
+    u = np.random.default_rng(seed).random((max(indices) + 1, 7), np.float32)[indices][..., None]
+    labels, s = (u[:, 0, 0] * len(MOTIONS)).astype(np.int64), np.linspace(-1, 1, frames, dtype=np.float32)
+    colour = np.array(list(COLOURS.values()), np.float32)[(u[:, 1, 0] * len(COLOURS)).astype(int)]
+    cx, cy, R = 0.4 * u[:, 2] - 0.2 + 0 * s, 0.4 * u[:, 3] - 0.2 + 0 * s, 0.35 + 0.2 * u[:, 4] + 0 * s
+    turn, phase = 0.5 * u[:, 5] - 0.25, 2 * np.pi * u[:, 6]
+    for label, (name, way) in enumerate(zip(MOTIONS, (1, -1, 1, -1, 1, -1, 1, -1, 0))):
+        k = labels == label
+        if name in ("right", "left"):
+            cx[k] += 0.45 * way * s
+        elif name in ("down", "up"):
+            cy[k] += 0.45 * way * s
+        elif name.endswith("clockwise"):                                        # around the middle: y points down
+            angle = phase[k] + way * 0.75 * np.pi * s
+            cx[k], cy[k] = cx[k] / 2 + 0.4 * np.cos(angle), cy[k] / 2 + 0.4 * np.sin(angle)
+        elif way:
+            R[k] *= 1 + 0.55 * way * s
+    axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1               # pixel centres; half the side = 1
+    coverage, kinds = np.empty((len(labels), frames, size, size), np.float32), (u[:, 6, 0] * 1e4).astype(int)
+    for kind, shape in enumerate(SHAPES):
+        k = kinds % len(SHAPES) == kind
+        r, X, Y = (a[k, :, None, None] for a in (R, cx, cy))
+        c, sn = (f(turn[k, :, None, None]) for f in (np.cos, np.sin))
+        x, y = (axis - X) / r, (axis[:, None] - Y) / r
+        coverage[k] = np.clip(0.5 - shape_distance(shape, c * x + sn * y, c * y - sn * x) * r * (size / 2), 0, 1)
+    ground = np.array((20, 20, 30), np.float32)
+    clips = ground + coverage[..., None] * (colour[:, None, None, None] - ground)
+    return clips.round().astype(np.uint8), labels
+
+
+def bounce(digits, seed, frames, size):
+    """Moving MNIST: digits uint8 (n, 28, 28), of which each flies through its clip and bounces off its edges ->
+    clips uint8 (n, T, size, size, 3). A digit is as large as 28 pixels are in a clip of 64, at least 16."""
+    side = max(16, 28 * size // 64)
+    small = F.interpolate(torch.from_numpy(np.array(digits))[:, None], (side, side), mode="bilinear", antialias=True)
+    generator, room = np.random.default_rng(seed), size - side
+    start, angle = generator.random((len(digits), 2)) * room, generator.random(len(digits)) * 2 * np.pi
+    speed = 0.12 * room * np.stack([np.cos(angle), np.sin(angle)], 1)
+    path = (start[:, None] + speed[:, None] * np.arange(frames)[:, None]) % (2 * room)
+    path = np.where(path > room, 2 * room - path, path).round().astype(int)     # (n, T, 2): a mirror at each edge
+    clips = np.zeros((len(digits), frames, size, size), np.uint8)
+    n, t = np.arange(len(digits))[:, None, None, None], np.arange(frames)[None, :, None, None]
+    y, x = (path[..., i, None] + np.arange(side) for i in (0, 1))
+    clips[n, t, y[..., None], x[:, :, None]] = small.numpy()
+    return clips[..., None].repeat(3, -1)
+
+
+DOWNLOADS = {   # name: (address, {file: MD5 (or start of the SHA-256) of its content, of .gz files of what is inside})
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637"})}
+
+
+# Copied from pixelcnn.py
+def fetch(name, folder):
+    """Contents of a data set's files in folder/name or folder. An absent one is downloaded, and named when whole."""
+    def content(path, checksum):
+        with explain(f"{path} is truncated or corrupt", "delete it, and it is downloaded again"):
+            data = gzip.decompress(path.read_bytes()) if path.name.endswith("ubyte.gz") else path.read_bytes()
+            kind = hashlib.md5 if len(checksum) == 32 else hashlib.sha256
+            if not kind(data).hexdigest().startswith(checksum):
+                raise ValueError(f"wrong checksum: that of its content must be {checksum}")
+            return data
+    address, files = DOWNLOADS[name]
+    for file, checksum in files.items():
+        target = folder / file if (folder / file).exists() else folder / name / file
+        if not target.exists():
+            part = folder / name / "unfinished" / f"{os.getpid()}_{file}"       # each process of torchrun its own
+            with explain(f"cannot download {address}{file}", f"put it into {target.parent}, or give its --data-dir"):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                with urllib.request.urlopen(address + file, timeout=60) as source, open(part, "wb") as out, tqdm(
+                        total=int(source.headers["Content-Length"]), unit="B", unit_scale=True, disable=None) as bar:
+                    while chunk := source.read(1 << 16):
+                        bar.update(out.write(chunk))
+            content(part, checksum)
+            os.replace(part, target)
+        yield content(target, checksum)
+
+
+# Copied from pixelcnn.py
+def open_image(file):
+    """An image file, upright, of 8 bits, on white where it is transparent -> RGB."""
+    image = ImageOps.exif_transpose(Image.open(file))                           # photos of a phone stand upright
+    if image.mode.startswith("I"):                                              # 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:      # what shines through is white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_clip(path, config):
+    """The first config.frames frames of a .gif, a .npy (T, H, W, 3) uint8 or a folder of images, of each the largest
+    centred square -> uint8 (T, size, size, 3). UserError: too few frames, of changing sizes, damaged."""
+    T, path = config.frames, Path(path)
+    with explain(f"{path} cannot be read as a clip", "give .gif, .npy (T, H, W, 3) of uint8, or a folder of images"):
+        if path.suffix.lower() == ".npy":
+            array = np.load(path)
+            if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
+                raise ValueError(f"{array.dtype} {array.shape}")
+            frames = [Image.fromarray(frame) for frame in array[:T]]
+        elif path.is_dir():
+            frames = [open_image(file) for file in sorted(file for file in path.iterdir() if file.is_file())[:T]]
+        else:
+            with Image.open(path) as gif:
+                frames = [frame.convert("RGB") for frame, _ in zip(ImageSequence.Iterator(gif), range(T))]
+    if len(frames) < T:
+        raise UserError(f"{path} has {len(frames)} frames: this model takes {T}")
+    sizes = {frame.size for frame in frames}
+    if len(sizes) > 1:
+        sizes = " and ".join(f"{w} x {h}" for w, h in sorted(sizes)[:2])
+        raise UserError(f"{path} has frames of {sizes} pixels: all must be of one size")
+    fit = lambda frame: np.asarray(ImageOps.fit(frame, 2 * (config.image_size,), Image.Resampling.BOX))
+    return np.stack([fit(frame) for frame in frames])
+
+
+def read_folder(source, config):
+    """A folder with train/<class>/*, test/<class>/* (see read_clip) -> classes, {"train": (clips, labels), ...}."""
+    root, splits = Path(source), {"train": ([], []), "test": ([], [])}
+    if not root.is_dir():
+        raise UserError(f"--data {source} is no folder: give shapes, moving_mnist, or a folder of clips")
+    paths = sorted(path for split in splits for path in root.glob(f"{split}/*/*"))
+    classes, has_test = sorted({path.parent.name for path in paths}), any(path.parts[-3] == "test" for path in paths)
+    paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]    # so that a part has all classes
+    for number, path in enumerate(tqdm(paths, "reading clips", leave=False, disable=None)):
+        clips, labels = splits["test" if not has_test and number % 10 == 9 else path.parts[-3]]
+        try:
+            clips.append(read_clip(path, config))
+            labels.append(classes.index(path.parent.name))
+        except UserError:
+            if not config.skip_corrupt:
+                raise
+    return classes, splits
+
+
+# Copied from pixelcnn.py
+@dataclass
+class Data:
+    """A data set in memory. train, test: (images uint8 (N, 3, H, W), labels int64 (N,))."""
+    classes: list
+    train: tuple
+    test: tuple
+
+    def batch(self, split, size, generator):
+        """`size` random images of a split as float (B, 3, H, W) in [-1, 1], and their labels (B,)."""
+        images, labels = getattr(self, split)
+        index = torch.randint(len(images), (size,), generator=generator)
+        return images[index] / 127.5 - 1, labels[index]
+
+
+def load_data(config):
+    """The data set config.data as clips (N, 3, T, H, W). UserError: missing, empty, corrupt, or of other classes."""
+    limit = {"train": config.train_videos or None, "test": config.test_videos or None}
+    if config.data == "shapes":
+        classes = MOTIONS
+        splits = {split: draw_motions(seed, range(limit[split] or many), config.frames, config.image_size)
+                  for split, seed, many in (("train", 0, 4000), ("test", 1, 400))}
+    elif config.data == "moving_mnist":
+        x, y, x_test, y_test = (np.frombuffer(file, np.uint8) for file in fetch("mnist", Path(config.data_dir)))
+        classes, splits = "0123456789", {"train": (x[16:], y[8:], 20_000), "test": (x_test[16:], y_test[8:], 2_000)}
+        for split, (x, y, many) in splits.items():
+            many = limit[split] or many
+            clips = bounce(x.reshape(-1, 28, 28)[:many], split == "test", config.frames, config.image_size)
+            splits[split] = clips, y[:many]
+    else:
+        classes, splits = read_folder(config.data, config)
+    for split, (clips, labels) in splits.items():
+        if not len(clips):
+            raise UserError(f"{config.data} has no {split} clips: it needs {split}/<class>/*.gif, *.npy or folders "
+                            f"of images (where there is no test/ at all, every tenth clip of train/ is held out)")
+        clips = torch.from_numpy(np.array(clips[:limit[split]])).permute(0, 4, 1, 2, 3).contiguous()
+        splits[split] = clips, torch.tensor(np.array(labels[:limit[split]]), dtype=torch.int64)
+    if config.num_classes not in (0, len(classes)):
+        raise UserError(f"{config.data} has {len(classes)} classes, num_classes is {config.num_classes}: "
+                        f"add --num-classes {len(classes)}")
+    return Data(list(classes), **splits)
+
+
+# Copied from pixelcnn.py
+def rng(seed, step):
+    """The generator of a step: its batch, noise and masks depend on (seed, step) alone, also after a resume."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
+
+
+# Copied from pixelcnn.py
+def shard(*tensors, device):
+    """This process's part of a global batch, on the device."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(tensors[0]) % world:
+        raise UserError(f"batch_size {len(tensors[0])} is not divisible by {world} processes")
+    return [t[rank::world].to(device) for t in tensors]
 
 
 # Copied from pixelcnn.py
@@ -929,3 +1474,423 @@ def average(*tensors):
     for t in tensors if dist.is_initialized() else ():
         dist.all_reduce(t)
         t /= dist.get_world_size()
+
+
+# Copied from pixelcnn.py
+def autocast(device):
+    """bfloat16 for the matrix products on CUDA; elsewhere, and for parameters and losses, float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# Copied from pixelcnn.py
+def set_lr(optimizer, lr, step, warmup, total):
+    """Linear warm-up to lr, then half a cosine down to zero at `total`; warmup 0: constant."""
+    rise, fall = (step + 1) / (warmup + 1), (step - warmup) / max(1, total - warmup)
+    for group in optimizer.param_groups if warmup else ():
+        group["lr"] = lr * min(1, rise) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, fall))))
+
+
+# Copied from pixelcnn.py
+class Run:
+    """A run folder: config.json, metrics.jsonl, checkpoint.pt, pictures. Of several processes only the first writes.
+
+    config given: a fresh folder; None: the run that is there. checkpoint.pt holds `state`: config, classes, metrics,
+    seconds, progress {stage: steps done}, objects {name: state_dict}.
+    """
+    def __init__(self, folder, config=None, classes=()):
+        self.folder, self.checkpoint = Path(folder), Path(folder) / "checkpoint.pt"
+        self.objects, self.config = {}, config
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
+        if "RANK" in os.environ and not dist.is_initialized():                  # started by torchrun
+            with explain("torch.distributed cannot start", "use torchrun, no more processes than GPUs, or unset RANK"):
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        self.is_main = not dist.is_initialized() or dist.get_rank() == 0
+        if config is None:
+            with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
+                data = io.BytesIO(self.checkpoint.read_bytes())
+            with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
+                self.state = torch.load(data, map_location="cpu", weights_only=True)
+                self.config = Config(**self.state["config"])
+            return
+        self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0,
+                          progress={}, objects={})
+        if self.is_main:
+            if self.checkpoint.exists():
+                raise UserError(f"{folder} holds a run: go on with train --resume {folder}, or choose another --out")
+            with explain(f"cannot make the run folder {folder}", "choose another --out"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.folder / "config.json", json.dumps(self.state["config"], indent=1).encode())
+
+    def steps(self, stage, total, **objects):
+        """The steps of a stage that are left. First restores `objects` (all that has a state_dict) from the checkpoint;
+        saves them at the start, every save_every steps, at the end and on Ctrl-C: always between two steps."""
+        for name, item in objects.items():
+            if name in self.state["objects"]:
+                item.load_state_dict(self.state["objects"][name])
+        self.objects.update(objects)
+        start, stop, self.clock = self.state["progress"].setdefault(stage, 0), [], time.time()
+        if start == 0:
+            self.save()
+
+        def on_interrupt(*_):
+            stop.append(True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)            # a second Ctrl-C stops at once, unsaved
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            self.bar = tqdm(range(start, total), stage, total, initial=start, disable=None if self.is_main else True)
+            for step in self.bar:
+                yield step
+                self.state["progress"][stage] = step + 1
+                average(stopping := torch.tensor(float(len(stop)), device=self.device))         # all stop together
+                if stopping or (step + 1) % self.config.save_every == 0 or step + 1 == total:
+                    self.save()
+                if stopping:
+                    raise UserError(f"stopped after step {step}, all saved: go on with train --resume {self.folder}")
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def save(self):
+        self.state["seconds"], self.clock = self.state["seconds"] + time.time() - self.clock, time.time()
+        self.state["objects"].update({name: item.state_dict() for name, item in self.objects.items()})
+        if self.is_main:
+            torch.save(self.state, buffer := io.BytesIO())
+            write_file(self.checkpoint, buffer.getbuffer())
+            rows = "".join(json.dumps(row) + "\n" for row in self.state["metrics"])
+            write_file(self.folder / "metrics.jsonl", rows.encode())
+
+    def log(self, stage, step, **metrics):
+        """UserError unless all metrics, averaged over the processes, are finite; every log_every-th row is kept."""
+        values = torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in metrics.values()])
+        average(values)
+        metrics = dict(zip(metrics, values.tolist()))
+        if not values.isfinite().all():
+            raise UserError(f"{stage} step {step}: {metrics} is not finite; the last good checkpoint is "
+                            f"{self.checkpoint}: train anew with a smaller learning rate")
+        if step % self.config.log_every == 0:
+            self.state["metrics"].append({"stage": stage, "step": step, **metrics})
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+
+    def plot(self):
+        """curves.png: the loss of every stage, raw and smoothed."""
+        stages = list(dict.fromkeys(row["stage"] for row in self.state["metrics"]))
+        figure = Figure(figsize=(7, 3 * max(1, len(stages))), layout="constrained")
+        for i, stage in enumerate(stages):
+            axis = figure.add_subplot(len(stages), 1, i + 1)
+            rows = [row for row in self.state["metrics"] if row["stage"] == stage]
+            step, loss = np.array([(row["step"], row["loss"]) for row in rows]).T
+            [line], k = axis.plot(step, loss, alpha=0.3), min(25, len(loss))
+            smooth = np.convolve(loss, np.ones(k) / k, "valid")
+            axis.plot(step[k - 1:], smooth, color=line.get_color(), label=f"{stage}, mean of {k} rows")
+            low, high = loss.min(), np.quantile(loss, 0.95)
+            axis.set(xlabel="step", ylabel="loss", ylim=(low, high + 0.05 * (high - low) + 1e-9))
+            axis.legend()
+        figure.savefig(buffer := io.BytesIO(), dpi=120)
+        write_file(self.folder / "curves.png", buffer.getbuffer())
+
+
+# Copied from pixelcnn.py
+def load_run(folder):
+    """-> run, tokenizer, prior of a run folder, in eval mode on its device; averaged weights where there are any."""
+    run, modules = Run(folder), []
+    for name, build in (("tokenizer", build_tokenizer), ("prior", build_prior)):
+        modules.append(build(run.config).to(run.device).eval())
+        state = run.state["objects"].get(f"{name}_ema") or run.state["objects"].get(name, {})
+        if not state and modules[-1].state_dict():
+            raise UserError(f"{folder} has no trained {name} yet: go on with train --resume {folder}")
+        with explain(f"{run.checkpoint} does not fit its config", "train anew"):
+            modules[-1].load_state_dict(state)
+    return run, *modules
+
+
+# Copied from pixelcnn.py
+def to_bytes(images):
+    """Images in [-1, 1] -> uint8 on the CPU."""
+    return ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+# Copied from pixelcnn.py
+def save_grid(images, path, columns):
+    """Images (N, 3, H, W) in [-1, 1] as one PNG, row by row; small ones enlarged."""
+    N, _, H, W = images.shape
+    scale, rows = max(1, 64 // H), -(-N // columns)
+    grid = torch.full((rows * columns, 3, H * scale + 2, W * scale + 2), 255, dtype=torch.uint8)
+    grid[:N, :, 1:-1, 1:-1] = to_bytes(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = grid.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(grid.numpy()).save(buffer := io.BytesIO(), "PNG")
+    write_file(path, buffer.getbuffer())
+
+
+def save_gif(videos, path, columns):
+    """Videos (N, 3, T, H, W) in [-1, 1] as one animated GIF, row by row."""
+    N, _, T, H, W = videos.shape
+    scale, rows = max(1, 64 // H), -(-N // columns)
+    grid = torch.full((rows * columns, 3, T, H * scale + 2, W * scale + 2), 255, dtype=torch.uint8)
+    grid[:N, :, :, 1:-1, 1:-1] = to_bytes(videos).repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    grid = grid.unflatten(0, (rows, columns)).permute(3, 0, 4, 1, 5, 2).flatten(3, 4).flatten(1, 2)
+    first, *rest = (Image.fromarray(frame.numpy()) for frame in grid)
+    first.save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=rest, duration=125, loop=0)
+    write_file(path, buffer.getbuffer())
+
+
+# Copied from pixelcnn.py
+def peak_memory():
+    """Largest memory of this process so far in MiB; on CUDA the GPU's."""
+    if torch.cuda.is_available() or sys.platform == "win32":                    # Windows cannot tell
+        return torch.cuda.max_memory_allocated() >> 20
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+# === Command line =====================================================================================================
+NAME = Path(__file__).stem
+
+
+# Copied from pixelcnn.py
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError, and no flag may be abbreviated."""
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# Copied from pixelcnn.py
+def positive(text):
+    """An integer of 1 to ten million on the command line."""
+    if not 1 <= int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1, or more than ten million")
+    return int(text)
+
+
+# Copied from pixelcnn.py
+def parse(argv):
+    """The command line. Every field of the Config is a flag of `train`; its help is the comment behind the field."""
+    parser = Parser(prog=f"{NAME}.py", description=__doc__.split("\n\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="train, then reconstruct, evaluate and sample")
+    train.add_argument("--preset", choices=PRESETS, help="where the fields not given come from (default: demo)")
+    train.add_argument("--out", help=f"run folder to make (default: runs/{NAME}_PRESET)")
+    train.add_argument("--resume", metavar="RUN", help="go on with this run, exactly where it was stopped")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(sys.modules[__name__]), re.M))
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
+    for field in dataclasses.fields(Config):
+        train.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS,
+                           help=comments[field.name].replace("%", "%%"), **kinds.get(field.type, {"type": field.type}))
+    for name, (_, text, flags) in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        for flag in flags.split():
+            verb.add_argument(flag, **FLAGS[flag])
+    return parser.parse_args(argv)
+
+
+# Copied from pixelcnn.py
+def main(argv=None):
+    """Runs a command line; a UserError ends it with one line on stderr and exit code 2. No arguments: the demo."""
+    try:
+        argv, demo = sys.argv[1:] if argv is None else list(argv), Path(f"runs/{NAME}_demo")
+        args = parse(argv or ["train", "--resume" if (demo / "checkpoint.pt").exists() else "--out", str(demo)])
+        if args.verb == "train":
+            train_command(args)
+        else:
+            VERBS[args.verb][0](args, *load(args))
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        print(f"error: {str(error) or 'interrupted; what was written before is kept'}", file=sys.stderr)
+        sys.exit(2)
+
+
+# Copied from pixelcnn.py
+def train_command(args):
+    """Train both stages in a new run folder, or go on in one, and show what came of it."""
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    preset = args.preset or "demo"
+    if args.resume:
+        if args.preset or args.out:
+            raise UserError("--resume RUN goes on with RUN's own settings in RUN: leave --preset and --out away")
+        run = Run(args.resume)
+        with explain(f"cannot read {run.folder}/config.json", "it must be what training wrote"):
+            asked = dataclasses.asdict(Config(**json.loads((run.folder / "config.json").read_text()) | fields))
+        saved = run.state["config"]
+        wrong = [f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items()
+                 if saved.get(name) != value and not (name in ("data", "data_dir", "lpips", "perceptual") and
+                                                      saved.get(name) and value)]           # these may have moved
+        if wrong:
+            raise UserError(f"{args.resume} was trained with another Config: {'; '.join(wrong)}")
+        run.config = dataclasses.replace(run.config, **fields)
+        run.state["config"] = dataclasses.asdict(run.config)
+    config = run.config if args.resume else dataclasses.replace(PRESETS[preset], **fields)
+    check(config)
+    data = load_data(config)
+    run = run if args.resume else Run(args.out or f"runs/{NAME}_{preset}", config, data.classes)
+    train_prior(config, data, run, train_tokenizer(config, data, run))
+    if args.resume and fields:
+        run.save()                                                              # the data may have moved after the end
+    if run.is_main:
+        run.plot()
+        for verb in ("reconstruct", "evaluate", "sample"):
+            main([verb, str(run.folder)])
+
+
+# Copied from pixelcnn.py
+def read_labels(words, run, num):
+    """Classes of the command line, by number or name -> labels (num,), repeated in turn; none given: all in turn."""
+    classes, count = run.state["classes"], run.config.num_classes
+    if words and not count:
+        raise UserError(f"{run.folder} was trained without classes: leave --labels out")
+    labels = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words or ()]
+    for word, label in zip(words or (), labels):
+        if not 0 <= label < count:
+            names = f", or {', '.join(classes)}" if not classes[0].isdecimal() else ""
+            raise UserError(f"label {word} is unknown: {run.folder} has 0 to {count - 1}{names}")
+    every = torch.tensor(labels or range(max(1, count)))
+    return every[torch.arange(num) % len(every)].to(run.device)
+
+
+def load(args):
+    """What a verb works on: run, tokenizer, prior."""
+    return load_run(args.run)
+
+
+def show(args, run, videos, name, columns, following):
+    """Write clips as --out or RUN/name, an animated GIF, and a contact sheet .png: a clip's frames in a row."""
+    out = Path(args.out or run.folder / name)
+    save_gif(videos, out, columns)
+    sheet = videos[:12]
+    save_grid(sheet.transpose(1, 2).flatten(0, 1), out.with_suffix(".png"), videos.shape[2])
+    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
+
+
+def frame_psnr(a, b):
+    """Clips in [-1, 1], each (B, 3, T, H, W) -> (B, T) in dB; 100 at most."""
+    return -10 * ((a - b) / 2).square().mean((1, 3, 4)).clamp(min=1e-10).log10()
+
+
+def in_parts(args, run, draw, *tensors):
+    """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> clips, on the CPU."""
+    fields = dict(sample_steps=args.steps, schedule=args.schedule, choice_temperature=args.choice_temperature,
+                  guidance=args.guidance)
+    config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
+    check(config)
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    return torch.cat([draw(*(t.to(run.device) for t in part), generator=generator, **decoding(config)).cpu()
+                      for part in zip(*(t.split(16) for t in tensors))])
+
+
+def decoding(config):
+    """The settings of decode_tokens that a run was trained to be drawn with."""
+    return dict(steps=config.sample_steps, method=config.schedule, choice_temperature=config.choice_temperature,
+                guidance=config.guidance if config.num_classes else 1.0)
+
+
+def sample_command(args, run, tokenizer, prior):
+    columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
+    labels = read_labels(args.labels, run, args.num or 4 * columns)
+    videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, "CG", labels, **more), labels)
+    np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
+    write_file(run.folder / "samples.npz", buffer.getbuffer())
+    show(args, run, videos, "samples.gif", columns, "edit")
+
+
+def edit_command(args, run, tokenizer, prior):
+    """Test clips, or given ones: each, what a task shows of it, what the model makes of that."""
+    config = dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)
+    if args.clips:
+        videos = torch.from_numpy(np.stack([read_clip(clip, config) for clip in args.clips])).permute(0, 4, 1, 2, 3)
+        labels = read_labels(args.labels, run, len(videos))
+    else:
+        data = load_data(config)
+        videos, labels = data.test[0][:6], data.test[1][:6]
+    for task in args.task or [task for task in run.config.tasks.split() if task != "CG"]:
+        edit(args, run, tokenizer, prior, task, videos / 127.5 - 1, labels)
+
+
+def edit(args, run, tokenizer, prior, task, videos, labels):
+    """One task: each clip, what the task shows of it, what the model makes of that."""
+    more = {} if task == "CFP" else {"guidance": 1.0}                           # no class: nothing to guide by
+    draw = lambda videos, labels, **settings: sample(tokenizer, prior, task, labels, videos=videos, **settings | more)
+    drawn, where = in_parts(args, run, draw, videos, labels), region(task, videos.shape[2:])
+    unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
+    print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
+    shown = torch.where(where, videos, 0.0)
+    show(args, run, torch.stack([videos, shown, drawn], 1).flatten(0, 1), f"{task}.gif", 3, "evaluate")
+
+
+@torch.no_grad()
+def reconstruct_command(args, run, tokenizer, prior):
+    data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
+    videos = data.test[0][:8] / 127.5 - 1
+    again = tokenizer.decode(tokenizer.encode(videos.to(run.device))).clamp(-1, 1).cpu()
+    print("PSNR in dB by frame:", *(f"{value:.1f}" for value in frame_psnr(videos, again).mean(0)))
+    show(args, run, torch.stack([videos, again], 1).flatten(0, 1), "reconstructions.gif", 8, "sample")
+
+
+@torch.no_grad()
+def evaluate_command(args, run, tokenizer, prior):
+    """Reconstruction, use of the codebook, COMMIT's losses of the test clips by task, speed, size."""
+    data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
+    (videos, labels), c = data.test, run.config
+    tokens, generator = tokenize(tokenizer, videos, run.device), torch.Generator().manual_seed(0)
+    quality = torch.cat([frame_psnr(v / 127.5 - 1, tokenizer.decode(t.to(run.device)).clamp(-1, 1).cpu())
+                         for v, t in zip(videos.split(16), tokens.split(16))])
+    losses = {}
+    for task in c.tasks.split():
+        known = region(task, c.latent_shape).expand(len(tokens), *c.latent_shape).flatten(1)
+        condition = tokens.flatten(1)
+        if task != "CG":
+            condition = torch.cat([tokenizer.encode(condition_video(task, v.to(run.device) / 127.5 - 1)).cpu()
+                                   for v in videos.split(16)]).flatten(1)
+        given = labels if task in ("CG", "CFP") else torch.full_like(labels, c.num_classes)
+        ratio = schedule((torch.arange(len(tokens)) + 0.5) / len(tokens), prior.places, c.schedule)
+        found = prior.loss(*(x.to(run.device) for x in (
+            prefix_of(len(tokens) * [task], given, c), tokens.flatten(1), condition, known,
+            torch.rand(known.shape, generator=generator), ratio)))[1]
+        losses[task] = {name: float(value) for name, value in found.items()}
+    (share, perplexity), start, num = use(tokens, tokenizer), time.time(), len(labels[:8])
+    sample(tokenizer, prior, c.tasks.split()[0], labels[:num].to(run.device),
+           videos=videos[:num].to(run.device) / 127.5 - 1,
+           generator=torch.Generator(run.device).manual_seed(0), **decoding(c)).cpu()
+    seconds = time.time() - start
+    report = dict(
+        file=f"{NAME}.py", data=Path(c.data).name, image_size=c.image_size, frames=c.frames,
+        parameters_tokenizer=sum(p.numel() for p in tokenizer.parameters()),
+        parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
+        frames_per_second=num * c.frames / seconds, sample_steps=c.sample_steps, psnr=float(quality.mean()),
+        psnr_by_frame=quality.mean(0).tolist(), codebook_size=tokenizer.codebook_size, codebook_use=float(share),
+        perplexity=float(perplexity), nats_by_task=losses,
+        nats_per_token=sum(x["mask"] for x in losses.values()) / len(losses),
+        tokens_per_clip=prior.places, test_videos=len(videos), peak_memory_mib=peak_memory(),
+        train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
+        command=f"python {NAME}.py evaluate {run.folder}")
+    report["parameters"] = report["parameters_tokenizer"] + report["parameters_prior"]
+    said = ", ".join(f"{task} {found['mask']:.2f}" for task, found in losses.items())
+    print(f"test: PSNR {report['psnr']:.2f} dB; {share:.1%} of {tokenizer.codebook_size} codes used, perplexity "
+          f"{perplexity:.1f}; nats per masked token {said}")
+    write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
+    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
+
+
+RUN = "run --out --num --seed --labels --steps --schedule --choice-temperature --guidance"
+FLAGS = {
+    "run": dict(help="run folder"),
+    "clips": dict(nargs="*", help="clips, right behind the run: .gif, .npy or folders of images (none: test clips)"),
+    "--task": dict(nargs="+", help="FP CFP FI OPC OPV OPH OPD IPC IPD (default: all that the run knows)"),
+    "--data-dir": dict(help="where mnist is (default: where training found it)"),
+    "--out": dict(help="GIF to write, with a contact sheet .png beside it (default: in the run folder)"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
+    "--num": dict(type=positive, help="clips to draw"),
+    "--steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
+    "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
+    "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),
+    "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
+    "--seed": dict(type=int, default=0, help="of the generator that draws")}
+VERBS = {   # name: (function, help, flags)
+    "sample": (sample_command, "draw clips by class", RUN),
+    "edit": (edit_command, "predict, interpolate, inpaint or outpaint clips", f"{RUN} clips --task --data-dir"),
+    "reconstruct": (reconstruct_command, "clips through the tokenizer, above each other", "run --data-dir --out"),
+    "evaluate": (evaluate_command, "PSNR, codebook use, losses by task: writes RUN/report.json", "run --data-dir")}
+
+if __name__ == "__main__":
+    main()

@@ -1134,7 +1134,7 @@ def magvit_fill(net, golden, prefix=""):
     names = magvit.flax_names(net)
     for ours, theirs in names.items():
         state[ours] = magvit.torch_layout(theirs, params[prefix + theirs])
-    net.load_state_dict(state)
+    net.load_state_dict(dict(net.named_buffers()) | state)
     return {theirs: ours for ours, theirs in names.items()}
 
 
@@ -1165,7 +1165,7 @@ def magvit_gradients(net, names, loss, prefix, heads=None):
 def magvit_config(c, **more):
     return magvit.Config(**dict(frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
                                 temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
-                                code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], beta=c["commitment_cost"],
+                                code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], codebook_ema=0.0, restart=0, beta=c["commitment_cost"],
                                 entropy_weight=c["entropy_loss_ratio"], entropy_temperature=c["entropy_temperature"]) | more)
 
 
