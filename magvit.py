@@ -982,6 +982,8 @@ def generator_loss(config, real, fake, quantizer_loss, perceptual=None, discrimi
 
 def train_tokenizer(config, data, run):
     """Autoencoder and discriminator, both in every step and from the same clips. Returns the averaged tokenizer."""
+    for task in config.tasks.split():
+        region(task, config.latent_shape)                                       # raises where a clip is too short
     torch.manual_seed(config.seed)
     tokenizer, ema = (build_tokenizer(config).to(run.device) for _ in range(2))
     ema.load_state_dict(tokenizer.state_dict())

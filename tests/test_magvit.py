@@ -1,0 +1,333 @@
+"""magvit.py: causality, look-up free codes, tasks, COMMIT, decoding, data."""
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import magvit
+from magvit import (
+    MASK,
+    TASKS,
+    Config,
+    LookupFree,
+    MagvitTransformer,
+    UserError,
+    VideoTokenizer,
+    decode_tokens,
+    hide,
+    region,
+    sample,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = Config(ch=8, groups=4, image_size=16, frames=6, ch_mult=(1, 2), temporal=(True,), code_dim=4, codebook_size=16, width=32, heads=2, layers=2,
+              sample_steps=3, train_videos=12, test_videos=6)
+CAUSAL = dataclasses.replace(TINY, causal=True, frame_norm=True, frames=5, ch_mult=(1, 2, 2), temporal=(True, True), code_dim=6)
+GRID = TINY.latent_shape
+
+
+def build(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    return VideoTokenizer(config).eval(), MagvitTransformer(config).eval()
+
+
+def clips(config=TINY, number=2):
+    return 2 * torch.rand(number, 3, config.frames, config.image_size, config.image_size) - 1
+
+
+# --- tokenizers
+
+@torch.no_grad()
+def test_causal_tokenizer_sees_no_future():
+    """Changing frame k leaves all earlier codes' z, and all earlier frames of what is decoded. Planted: padding on both sides; norms over time."""
+    tokenizer, _ = build(CAUSAL)
+    videos = clips(CAUSAL)
+    z = tokenizer.latents(videos)
+    for frame in range(1, CAUSAL.frames):
+        changed = videos.clone()
+        changed[:, :, frame:] = torch.rand_like(changed[:, :, frame:])
+        other, first = tokenizer.latents(changed), -(-frame // CAUSAL.f_time)          # the first code that sees this frame
+        torch.testing.assert_close(other[:, :, :first], z[:, :, :first])
+        assert not torch.allclose(other[:, :, first], z[:, :, first])
+    q = torch.randn(2, CAUSAL.code_dim, *CAUSAL.latent_shape)
+    again = tokenizer.decoder(q)
+    for code in range(1, q.shape[2]):
+        changed = q.clone()
+        changed[:, :, code:] += 1
+        other, first = tokenizer.decoder(changed), 1 + (code - 1) * CAUSAL.f_time
+        torch.testing.assert_close(other[:, :, :first], again[:, :, :first])
+        assert not torch.allclose(other[:, :, first:], again[:, :, first:])
+
+
+@torch.no_grad()
+def test_a_picture_is_a_clip_of_one_frame():
+    """The first frame alone has the first frame's code; with the third party's norms over time it has not (its QUIRK)."""
+    videos = clips(CAUSAL)
+    for frame_norm in (True, False):
+        tokenizer, _ = build(dataclasses.replace(CAUSAL, frame_norm=frame_norm))
+        z, alone = tokenizer.latents(videos)[:, :, :1], tokenizer.latents(videos[:, :, :1])
+        assert torch.allclose(z, alone, atol=1e-5) == frame_norm
+        assert tokenizer.decode(tokenizer.encode(videos[:, :, :1])).shape == videos[:, :, :1].shape
+
+
+def test_videos_of_another_form_are_refused():
+    for config, wrong in ((TINY, (1, 3, 5, 16, 16)), (TINY, (1, 3, 6, 15, 16)), (TINY, (1, 1, 6, 16, 16)), (CAUSAL, (1, 3, 4, 16, 16)), (TINY, (1, 3, 16, 16))):
+        with pytest.raises(ValueError, match="multiple"):
+            build(config)[0].latents(torch.zeros(wrong))
+
+
+@torch.no_grad()
+def test_a_centrally_inflated_net_is_the_flat_one():
+    """Frame by frame, if the norms are per frame and time keeps its length. Planted: the kernel in the first slice."""
+    flat, _ = build(dataclasses.replace(TINY, time_kernel=1, frame_norm=True, temporal=(False,)))
+    net = magvit.inflate(build(dataclasses.replace(TINY, frame_norm=True, temporal=(False,)), seed=1)[0], flat, "central")
+    videos = clips()
+    torch.testing.assert_close(net.latents(videos), flat.latents(videos))
+
+
+@pytest.mark.parametrize("E", [3, 8])
+def test_lookup_free_entropies_equal_brute_force(E):
+    """All 2^E codes, one by one. Planted: logits of 2 z / temperature; halves exchanged."""
+    torch.manual_seed(0)
+    z, quantizer = 0.01 * torch.randn(7, E), LookupFree(E)
+    codes = quantizer.lookup(torch.arange(2 ** E))
+    p = (-(z[:, None] - codes).square().sum(2) / quantizer.temperature).softmax(1)
+    each, together = quantizer.entropies(z)
+    torch.testing.assert_close(each, -(p * p.clamp(min=1e-30).log()).sum(1).mean())
+    torch.testing.assert_close(together, -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum())
+
+
+def test_lookup_free_codes_and_gradients():
+    """indices and lookup undo each other; the straight-through gradient is that of q. 2^18 codes need no table: the entropy takes n x 512."""
+    quantizer = LookupFree(18)
+    z = torch.randn(2, 18, 1, 3, 3, requires_grad=True)
+    q, indices, losses = quantizer(z)
+    assert torch.equal(q, torch.where(z > 0, 1.0, -1.0)) and torch.equal(quantizer.lookup(indices), q)
+    assert torch.equal(torch.autograd.grad((q * torch.arange(18.0).view(18, 1, 1, 1)).sum(), z, retain_graph=True)[0][0, :, 0, 0, 0], torch.arange(18.0))
+    assert not list(quantizer.parameters()) and losses["entropy"] < 0 and torch.autograd.grad(losses["entropy"], z)[0].abs().sum() > 0
+
+
+# --- tasks and COMMIT
+
+def test_regions_of_all_tasks():
+    """Shares of what is known, in the grid of codes as in that of pixels; no task knows all."""
+    shares = dict(CG=0, FP=1 / 8, CFP=1 / 8, FI=2 / 8, OPC=1 / 4, OPV=1 / 2, OPH=1 / 2, OPD=1 / 2, IPC=3 / 4, IPD=3 / 4)
+    assert set(shares) == set(TASKS)
+    for task, share in shares.items():
+        for shape in ((8, 32, 32), (8, 16, 16)):
+            assert region(task, shape).float().mean().item() == share, task
+    assert region("FP", (8, 4, 4), 3)[:3].all() and not region("FP", (8, 4, 4), 3)[3:].any()
+    assert torch.equal(region("OPC", (1, 8, 8))[0], ~region("IPC", (1, 8, 8))[0])
+    left = [int(frame.any(0).nonzero()[0]) for frame in region("OPD", (5, 8, 8))]
+    assert left == [0, 1, 2, 3, 4]                                              # it moves from the left edge to the right
+    with pytest.raises(UserError, match="8 known frames needs more than the 8"):
+        region("FP", (8, 4, 4), 8)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "CG"])
+def test_condition_videos_read_only_what_is_known(task):
+    """And keep that. Planted: an edge taken from the whole clip."""
+    videos = clips()
+    known = region(task, videos.shape[2:])
+    seen = magvit.condition_video(task, videos)
+    assert torch.equal(seen[:, :, known], videos[:, :, known])
+    assert torch.equal(seen, magvit.condition_video(task, torch.where(known, videos, torch.rand_like(videos))))
+
+
+def test_linear_condition_is_a_line():
+    videos = clips()
+    seen = magvit.condition_video("FI", videos)
+    torch.testing.assert_close(seen.diff(dim=2), ((videos[:, :, -1:] - videos[:, :, :1]) / 5).expand_as(seen.diff(dim=2)))
+
+
+def test_commit_shows_the_condition_only_where_hidden_and_known():
+    """Counts are exact. Planted: the condition's codes at places that are not hidden."""
+    torch.manual_seed(0)
+    N = math.prod(GRID)
+    tokens, condition, known = torch.randint(0, 8, (3, N)), torch.randint(8, 16, (3, N)), torch.rand(3, N) < 0.4
+    for ratio in (0.0, 0.3, 0.999, 1.0):
+        inputs, targets, weights, hidden = hide(tokens, condition, known, torch.rand(3, N), ratio)
+        assert (hidden.sum(1) == max(1, math.floor(np.float32(ratio) * N))).all() and weights.all() and torch.equal(targets, tokens)
+        assert torch.equal(inputs, torch.where(hidden, torch.where(known, condition, MASK), tokens))
+
+
+def test_factored_tokens():
+    """split and join undo each other; a factored model has 2 x 2^3 rows, not 2^6, its nats are those of both parts, and decoding gives whole codes."""
+    indices = torch.randint(2 ** 18, (4, 5))
+    assert torch.equal(magvit.join(magvit.split(indices, (9, 9)), (9, 9)), indices) and int(magvit.split(indices, (9, 9)).max()) < 512
+    config = dataclasses.replace(CAUSAL, token_bits=(3, 3))
+    _, prior = build(config)
+    assert prior.word_embeddings.num_embeddings == 16 + config.num_classes + 1 + 16
+    prefix = magvit.prefix_of(["CG"], torch.tensor([2]), config)
+    tokens = torch.randint(64, (1, prior.places))
+    logits = prior(prefix, tokens)
+    assert [part.shape[-1] for part in logits] == [8, 8]
+    whole = logits[0].log_softmax(-1)[..., None, :] + logits[1].log_softmax(-1)[..., None]      # [high, low]
+    torch.testing.assert_close(-prior.nats(logits, tokens), whole.flatten(2).gather(2, tokens[..., None])[..., 0])
+    drawn = decode_tokens(prior, prefix, steps=3)
+    assert drawn.shape == tokens.shape and 0 <= drawn.min() and drawn.max() < 64
+
+
+# --- decoding
+
+def test_counts_of_the_paper():
+    """1024 codes, 12 steps: in float32, as released (511, not 512, after step 8)."""
+    counts = [int(1024 * magvit.schedule(torch.tensor(k + 1.0) / 12, 1024)) for k in range(11)]
+    assert counts == [1015, 989, 946, 886, 812, 724, 623, 511, 391, 265, 133]
+
+
+@pytest.mark.parametrize("task,mode", [("CG", "commit"), ("FP", "commit"), ("IPD", "commit"), ("OPC", "paste")])
+def test_decoding_keeps_what_was_fixed(task, mode):
+    """Each pass hides fewer; a code once shown is never hidden again; COMMIT draws known places anew, "paste" keeps them. Planted: scores of shown codes."""
+    _, prior = build()
+    known, trace = region(task, GRID).expand(2, *GRID).flatten(1), []
+    condition = torch.randint(16, (2, prior.places))
+    tokens = decode_tokens(prior, magvit.prefix_of(2 * [task], torch.tensor([9, 9]), TINY), condition, known, steps=6, mode=mode, trace=trace,
+                           generator=torch.Generator().manual_seed(0))
+    hidden = [step["hidden"] for step in trace[:-1]]
+    assert all((b.sum(1) < a.sum(1)).all() and not (b & ~a).any() for a, b in zip(hidden, hidden[1:]))
+    for a, step in zip(hidden, trace[1:]):
+        assert torch.equal(step["tokens"][~a], tokens[~a])
+        assert torch.equal(step["inputs"][step["hidden"]], torch.where(known, condition, MASK)[step["hidden"]]) or mode == "paste" or step is trace[-1]
+    assert torch.equal(tokens[known], condition[known]) == (mode == "paste" or not known.any())
+
+
+@torch.no_grad()
+def test_samples_do_not_depend_on_what_a_task_does_not_know():
+    """Through the whole way from pixels. Planted: the clip itself tokenized in place of its condition."""
+    tokenizer, prior = build()
+    videos, labels = clips(), torch.tensor([1, 2])
+    for task in ("FP", "FI", "OPV", "IPD"):
+        known = region(task, videos.shape[2:])
+        a, b = (sample(tokenizer, prior, task, labels, videos=x, steps=3, generator=torch.Generator().manual_seed(0))
+                for x in (videos, torch.where(known, videos, torch.rand_like(videos))))
+        assert torch.equal(a, b) and a.shape == videos.shape
+    with pytest.raises(UserError, match="task FP is unknown"):
+        sample(tokenizer, build(dataclasses.replace(TINY, tasks="CG"))[1], "FP", labels, videos=videos)
+
+
+# --- losses
+
+def test_lecam_is_zero_where_d_tells_nothing_apart():
+    zero = torch.tensor(0.0)
+    assert magvit.lecam(torch.tensor([-1.0]), torch.tensor([1.0]), zero, zero) == 0
+    assert magvit.lecam(torch.tensor([3.0]), torch.tensor([-2.0]), zero, zero) == 13
+
+
+# --- data
+
+def test_motions_move_as_they_say():
+    """The centre of what is bright goes where the class says, or what is bright grows, shrinks, stays."""
+    videos, labels = magvit.draw_motions(0, range(300), 8, 32)
+    again = magvit.draw_motions(0, [7, 200], 8, 32)[0]
+    assert np.array_equal(again, videos[[7, 200]])
+    light = (videos.astype(np.float32) - np.array((20, 20, 30))).clip(0).sum(-1)
+    area, axis = light.sum((2, 3)), np.arange(32) - 15.5
+    x, y = (light.sum(2) * axis).sum(2) / area, (light.sum(3) * axis).sum(2) / area
+    moved = {"right": (x, 1), "left": (x, -1), "down": (y, 1), "up": (y, -1), "growing": (area / area.max(), 1), "shrinking": (area / area.max(), -1)}
+    for label, name in enumerate(magvit.MOTIONS):
+        k = labels == label
+        assert k.sum() > 10
+        if name in moved:
+            value, sign = moved[name]
+            assert (sign * (value[k, -1] - value[k, 0]) > 0).all(), name
+        elif name == "still":
+            assert (np.ptp(light[k], axis=1) == 0).all()
+        else:
+            turn = np.diff(np.unwrap(np.arctan2(y[k] - y[k].mean(1, keepdims=True), x[k] - x[k].mean(1, keepdims=True)), axis=1), axis=1).sum(1)
+            assert (turn * (1 if name == "clockwise" else -1) > 0).all(), name
+
+
+def test_bouncing_digits_stay_whole():
+    """No digit leaves its clip: as much light in every frame; clips are a function of seed and number."""
+    digits = (np.random.default_rng(0).random((5, 28, 28)) * 255).astype(np.uint8)
+    videos = magvit.bounce(digits, 0, 12, 32)
+    assert videos.shape == (5, 12, 32, 32, 3) and (np.ptp(videos.astype(int).sum((2, 3, 4)), axis=1) == 0).all()
+    assert (videos[:, 0] != videos[:, 6]).any((1, 2, 3)).all() and np.array_equal(videos, magvit.bounce(digits, 0, 12, 32))
+
+
+def write_clips(folder, frames=TINY.frames, size=20):
+    """One clip in each of the three forms."""
+    pictures = [Image.fromarray(np.full((size, size + 4, 3), 30 * i, np.uint8)) for i in range(frames)]
+    folder.mkdir(parents=True)
+    pictures[0].save(folder / "a.gif", save_all=True, append_images=pictures[1:])
+    np.save(folder / "b.npy", np.stack([np.asarray(picture) for picture in pictures]))
+    (folder / "c").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / "c" / f"{i:03}.png")
+
+
+def test_clips_of_all_forms_are_read_alike(tmp_path):
+    write_clips(tmp_path / "train" / "x", frames=8)
+    read = [magvit.read_clip(tmp_path / "train" / "x" / name, TINY) for name in ("a.gif", "b.npy", "c")]
+    assert all(np.array_equal(clip, read[1]) for clip in read[1:]) and np.abs(read[0].astype(int) - read[1]).max() < 5      # a GIF has few colours
+    assert read[0].shape == (TINY.frames, 16, 16, 3)
+    write_clips(tmp_path / "test" / "x")
+    data = magvit.load_data(dataclasses.replace(TINY, data=str(tmp_path), num_classes=1))
+    assert data.train[0].shape == (3, 3, TINY.frames, 16, 16) and len(data.test[0]) == 3
+
+
+def test_clips_that_cannot_be_read(tmp_path):
+    """Each case in one line: too few frames, sizes that change, a GIF cut off, another kind of array, no clip at all."""
+    write_clips(tmp_path / "x", frames=3)
+    for name in ("a.gif", "b.npy", "c"):
+        with pytest.raises(UserError, match=f"{name} has 3 frames: this model takes 6"):
+            magvit.read_clip(tmp_path / "x" / name, TINY)
+    for i in (100, 101, 102):
+        Image.new("RGB", (9, 9)).save(tmp_path / "x" / "c" / f"{i}.png")
+    with pytest.raises(UserError, match="9 x 9 and 24 x 20 pixels: all must be of one size"):
+        magvit.read_clip(tmp_path / "x" / "c", TINY)
+    write_clips(tmp_path / "y", frames=8)
+    whole = (tmp_path / "y" / "a.gif").read_bytes()
+    (tmp_path / "y" / "a.gif").write_bytes(whole[:len(whole) // 3])
+    (tmp_path / "y" / "d.gif").write_bytes(b"GIF89a")
+    np.save(tmp_path / "y" / "b.npy", np.zeros((9, 8, 8), np.float32))
+    for name, says in (("a.gif", "a.gif"), ("b.npy", r"b.npy cannot be read as a clip \(float32"), ("d.gif", "d.gif cannot be read"), ("none.gif", "none.gif cannot be read")):
+        with pytest.raises(UserError, match=says):
+            magvit.read_clip(tmp_path / "y" / name, TINY)
+
+
+# --- released configurations
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("magvit_*release.json.gz")), ids=lambda path: path.name.removesuffix("_release.json.gz"))
+def test_networks_have_the_released_names_and_shapes(path):
+    """Every name once; sizes by config. (The weights were never published; Open-MAGVIT2's were.)"""
+    release = json.load(gzip.open(path))
+    c, shapes = release["config"], release["params"]
+    with torch.device("meta"):
+        if "om2" in path.name:
+            net = VideoTokenizer(Config(causal=True, frames=17, image_size=c["resolution"], ch=c["ch"], groups=32, ch_mult=c["ch_mult"], code_dim=c["z_channels"],
+                                        temporal=[m != 1 for m in c["ch_mult"][:-1]], num_res_blocks=c["num_res_blocks"], num_res_blocks_decoder=c["num_res_blocks"]))
+            wanted = {name.replace(".conv_1.", "."): shape for name, shape in shapes.items() if not name.startswith("loss.")}
+            assert wanted == {name: list(p.shape) for name, p in net.named_parameters()}
+            assert sum(p.numel() for p in net.parameters()) == 370_547_349
+            return
+        if "disc" in path.name:
+            net = magvit.Discriminator((16, c["image_size"], c["image_size"]), c["filters"], c["channel_multipliers"])
+        elif "3dvq" in path.name:
+            net = VideoTokenizer(Config(frames=16, image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"], restart=0, codebook_ema=0.0,
+                                        temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
+                                        code_dim=c["embedding_dim"], codebook_size=c["codebook_size"]))
+        else:
+            (t, h, _), several = c["latent_shape"], c["length"] - math.prod(c["latent_shape"]) == 2
+            net = MagvitTransformer(Config(frames=t, image_size=h, ch_mult=(1,), temporal=(), codebook_size=1024, num_classes=c["vocab"] - 1025 - (16 if several else 1),
+                                           tasks="CG FP" if several else "FP", multi_task=several, width=c["hidden_size"], heads=c["num_heads"], layers=c["num_layers"],
+                                           mlp_ratio=c["mlp_dim"] // c["hidden_size"]))
+    names = magvit.flax_names(net)
+    assert sorted(names.values()) == sorted(shapes)
+    for name, p in net.named_parameters():
+        assert magvit.torch_layout(names[name], torch.empty(shapes[names[name]], device="meta")).shape == p.shape
+    assert sum(p.numel() for p in net.parameters()) == release["n_params"]
+
+
+def test_presets_and_defaults_make_sense():
+    for preset in magvit.PRESETS.values():
+        magvit.check(preset)
+    with pytest.raises(UserError, match="FI with 1 known frames needs more than the 2"):
+        magvit.train_tokenizer(dataclasses.replace(TINY, frames=4), None, None)
