@@ -63,8 +63,8 @@ class Config:
     """All settings; each comment is also the flag's --help. The defaults are the demo."""
     data: str = "shapes"            # shapes, moving_mnist, or a folder with train/<class>/*, test/<class>/* (clips)
     data_dir: str = "data"          # where mnist is looked for, or downloaded to
-    train_videos: int = 0           # use only this many training clips (0: all; of the endless shapes 4,000)
-    test_videos: int = 0            # use only this many test clips (0: all; of the endless shapes 400)
+    train_images: int = 0           # use only this many training clips (0: all; of the endless shapes 4,000)
+    test_images: int = 0            # use only this many test clips (0: all; of the endless shapes 400)
     skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
     frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
@@ -1192,7 +1192,7 @@ def check(config):
     for names, least in (("batch_size batch_size_prior log_every save_every frames image_size num_res_blocks code_dim "
                           "num_res_blocks_decoder disc_width width heads layers mlp_ratio sample_steps", 1),
                          ("codebook_size", 2),
-                         ("warmup warmup_tokenizer train_videos test_videos train_steps_tokenizer train_steps_prior "
+                         ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
                           "num_classes restart disc_start disc_weight r1_weight lecam_weight beta entropy_weight clip "
                           "entropy_boost entropy_boost_steps choice_temperature", 0)):
         for name in names.split():
@@ -1429,7 +1429,7 @@ class Data:
 
 def load_data(config):
     """The data set config.data as clips (N, 3, T, H, W). UserError: missing, empty, corrupt, or of other classes."""
-    limit = {"train": config.train_videos or None, "test": config.test_videos or None}
+    limit = {"train": config.train_images or None, "test": config.test_images or None}
     if config.data == "shapes":
         classes = MOTIONS
         splits = {split: draw_motions(seed, range(limit[split] or many), config.frames, config.image_size)
@@ -1861,7 +1861,7 @@ def evaluate_command(args, run, tokenizer, prior):
         psnr_by_frame=quality.mean(0).tolist(), codebook_size=tokenizer.codebook_size, codebook_use=float(share),
         perplexity=float(perplexity), nats_by_task=losses,
         nats_per_token=sum(x["mask"] for x in losses.values()) / len(losses),
-        tokens_per_clip=prior.places, test_videos=len(videos), peak_memory_mib=peak_memory(),
+        tokens_per_clip=prior.places, test_images=len(videos), peak_memory_mib=peak_memory(),
         train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,

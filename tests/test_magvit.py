@@ -27,7 +27,7 @@ from magvit import (
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Config(ch=8, groups=4, image_size=16, frames=6, ch_mult=(1, 2), temporal=(True,), code_dim=4, codebook_size=16, width=32, heads=2, layers=2,
-              sample_steps=3, train_videos=12, test_videos=6)
+              sample_steps=3, train_images=12, test_images=6)
 CAUSAL = dataclasses.replace(TINY, causal=True, frame_norm=True, frames=5, ch_mult=(1, 2, 2), temporal=(True, True), code_dim=6)
 GRID = TINY.latent_shape
 
@@ -76,7 +76,7 @@ def test_a_picture_is_a_clip_of_one_frame():
         assert tokenizer.decode(tokenizer.encode(videos[:, :, :1])).shape == videos[:, :, :1].shape
 
 
-def test_videos_of_another_form_are_refused():
+def test_images_of_another_form_are_refused():
     for config, wrong in ((TINY, (1, 3, 5, 16, 16)), (TINY, (1, 3, 6, 15, 16)), (TINY, (1, 1, 6, 16, 16)), (CAUSAL, (1, 3, 4, 16, 16)), (TINY, (1, 3, 16, 16))):
         with pytest.raises(ValueError, match="multiple"):
             build(config)[0].latents(torch.zeros(wrong))
