@@ -9,6 +9,7 @@ frechet           Frechet distance between Gaussians fitted to the judge's 128 f
 spread            mean distance of the features of two samples of the same class: how varied they are (labels needed)
 judge_accuracy    of the judge itself on real test images it was not trained on
 
+Of clips it sees eight frames, evenly chosen, as so many channels: so their class may be a motion. Features are then the clip's.
 A judge is trained once, from a fixed seed, and kept in the cache folder (JUDGE_CACHE, default ~/.cache/visual-autoregression).
 """
 import argparse
@@ -24,21 +25,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import magvit  # noqa: E402
 import pixelcnn  # noqa: E402
 
-STEPS, SIZE = int(os.environ.get("JUDGE_STEPS", 600)), 32      # fewer steps: only to test the judge itself
+STEPS, SIZE, FRAMES = int(os.environ.get("JUDGE_STEPS", 600)), 32, 8       # fewer steps: only to test the judge itself
 
 
-def network(classes):
-    """images (B, 3, 32, 32) -> features (B, 128) -> class logits: judge[:-1] gives the features."""
+def network(classes, channels=3):
+    """images (B, channels, 32, 32) -> features (B, 128) -> class logits: judge[:-1] gives the features."""
     conv = lambda i, o, stride: (nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
-    return nn.Sequential(*conv(3, 32, 1), *conv(32, 64, 2), *conv(64, 128, 2), *conv(128, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    return nn.Sequential(*conv(channels, 32, 1), *conv(32, 64, 2), *conv(64, 128, 2), *conv(128, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(128, classes))
 
 
 def prepare(images):
-    """uint8 (N, 3, H, W) -> float (N, 3, 32, 32) in [-1, 1]."""
+    """uint8 (N, 3, H, W) -> float (N, 3, 32, 32) in [-1, 1]; clips (N, 3, T, H, W) -> (N, 24, 32, 32): eight of their frames."""
     images = images.float() / 127.5 - 1
+    if images.ndim == 5:
+        images = images[:, :, torch.linspace(0, images.shape[2] - 1, FRAMES).round().long()].flatten(1, 2)
     return images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
 
 
@@ -47,27 +51,29 @@ def run(judge, images, layers=slice(None)):
         return torch.cat([judge[layers](prepare(part)) for part in images.split(256)])
 
 
-def real_data(data, data_dir):
+def real_data(data, data_dir, frames=0):
+    if frames:
+        return magvit.load_data(magvit.Config(data=data, data_dir=str(data_dir), image_size=SIZE, frames=frames, num_classes=0))
     return pixelcnn.load_data(pixelcnn.Config(data=data, data_dir=str(data_dir), image_size=SIZE, num_classes=0))
 
 
-def get_judge(data, data_dir="data"):
-    """-> judge (eval mode), its accuracy on real test images, their features (N, 128)."""
+def get_judge(data, data_dir="data", frames=0):
+    """frames: of clips (0: images) -> judge (eval mode), its accuracy on real test images, their features (N, 128)."""
     cache = Path(os.environ.get("JUDGE_CACHE", Path.home() / ".cache" / "visual-autoregression"))
-    return load_judge(data, data_dir, cache / f"judge_{Path(data).stem}_{STEPS}.pt")
+    return load_judge(data, data_dir, cache / f"judge_{Path(data).stem}{f'_{frames}' if frames else ''}_{STEPS}.pt", frames)
 
 
 @functools.lru_cache(1)                     # a notebook asks many times
-def load_judge(data, data_dir, path):
-    real = real_data(data, data_dir)
-    judge = network(len(real.classes))
+def load_judge(data, data_dir, path, frames=0):
+    real = real_data(data, data_dir, frames) if frames else real_data(data, data_dir)
+    judge = network(len(real.classes), 3 * FRAMES if frames else 3)
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
     else:
         print(f"training the judge of {data}, once: {path}", file=sys.stderr)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            judge = network(len(real.classes))
+            judge = network(len(real.classes), 3 * FRAMES if frames else 3)
             optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
             for step in range(STEPS):
@@ -109,8 +115,8 @@ def class_spread(features, labels):
 
 
 def judge_samples(images, labels, data="shapes", data_dir="data"):
-    """images uint8 (N, 3, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
-    judge, accuracy, real_features = get_judge(data, data_dir)
+    """images uint8 (N, 3, H, W) or clips (N, 3, T, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
+    judge, accuracy, real_features = get_judge(data, data_dir, images.shape[2] if images.ndim == 5 else 0)
     features = run(judge, images, slice(-1))
     few = torch.randperm(len(real_features), generator=torch.Generator().manual_seed(0))[:len(images)]
     figures = {"frechet": frechet_distance(features, real_features), "frechet_of_as_many_real": frechet_distance(real_features[few], real_features),
@@ -128,7 +134,7 @@ def main():
     args = parser.parse_args()
     samples, config = np.load(args.run / "samples.npz"), json.loads((args.run / "config.json").read_text())
     labels = torch.from_numpy(samples["labels"]) if config["num_classes"] else None
-    figures = judge_samples(torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2), labels, config["data"], args.data_dir or config["data_dir"])
+    figures = judge_samples(torch.from_numpy(samples["arr_0"]).movedim(-1, 1), labels, config["data"], args.data_dir or config["data_dir"])
     print(json.dumps(figures, indent=1))
     report = args.run / "report.json"
     if report.exists():

@@ -22,6 +22,22 @@ def test_judge_tells_right_from_wrong(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1                            # trained once, then read
 
 
+def test_judge_tells_motions(tmp_path, monkeypatch):
+    """Clips played backwards are of another class. Planted: only the middle frame seen."""
+    import judge
+
+    import magvit
+    monkeypatch.setenv("JUDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(judge, "STEPS", 60)
+    monkeypatch.setattr(judge, "real_data", lambda data, data_dir, frames: magvit.load_data(
+        magvit.Config(train_images=900, test_images=200, image_size=32, frames=frames)))
+    clips, labels = map(torch.from_numpy, magvit.draw_motions(5, range(150), 12, 32))
+    clips = clips.movedim(-1, 1)
+    good = judge.judge_samples(clips, labels)
+    assert good["judge_accuracy"] > 0.5 and abs(good["class_agreement"] - good["judge_accuracy"]) < 0.2
+    assert judge.judge_samples(clips.flip(2), labels)["class_agreement"] < 0.4
+
+
 def test_frechet_distance_of_two_gaussians():
     """Against the closed form for diagonal covariances. Planted: variance in place of its root."""
     from judge import frechet_distance
