@@ -22,6 +22,11 @@ bits.
     training: tokens, some hidden (as the condition's codes or MASK) -> Transformer -> cross-entropy at ALL positions
     sampling: all hidden -> [ logits -> draw every hidden code -> hide the least sure again ] x steps -> Decoder
 
+Run         (a draft: equal to the recorded numbers and tested; its training is not tuned, --official not here yet)
+    python magvit.py train --out RUN                                moving shapes by class, ten tasks
+    python magvit.py sample RUN --labels left growing               animated GIF, and a contact sheet
+    python magvit.py edit RUN --task FP OPC                         predicts, interpolates, inpaints, outpaints test clips
+
 Glossary
     T, t       frames of a clip, of the code volume;   f, f_time: pixels and frames to a code, each way
     V, E       codes, width of a code (v2: V = 2^E);   N = t h w tokens
@@ -81,7 +86,7 @@ class Config:
     num_res_blocks: int = 1         # residual blocks per level of the encoder, and after the last (release: 2)
     num_res_blocks_decoder: int = 1  # of the decoder, and before the first (release: as many)
     code_dim: int = 8               # E, width of a code; causal: bits, V = 2^E
-    codebook_size: int = 128        # V, codes (causal: ignored)
+    codebook_size: int = 512        # V, codes (causal: ignored)
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
     entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
@@ -110,10 +115,10 @@ class Config:
     schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
     # training
     seed: int = 0                   # a step is a function of (seed, step)
-    batch_size: int = 8             # clips per step of the tokenizer, over all processes
+    batch_size: int = 2             # clips per step of the tokenizer, over all processes
     batch_size_prior: int = 16      # clips per step of the transformer, over all processes
-    train_steps_tokenizer: int = 500  # steps of the tokenizer
-    train_steps_prior: int = 2000   # steps of the transformer
+    train_steps_tokenizer: int = 1200  # steps of the tokenizer
+    train_steps_prior: int = 1000   # steps of the transformer
     lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
