@@ -25,7 +25,7 @@ bits.
 Run         (a draft: equal to the recorded numbers and tested; its training is not tuned, --official not here yet)
     python magvit.py train --out RUN                                moving shapes by class, ten tasks
     python magvit.py sample RUN --labels left growing               animated GIF, and a contact sheet
-    python magvit.py edit RUN --task FP OPC                         predicts, interpolates, inpaints, outpaints test clips
+    python magvit.py edit RUN --task FP OPC                         predicts, interpolates, inpaints, outpaints clips
 
 Glossary
     T, t       frames of a clip, of the code volume;   f, f_time: pixels and frames to a code, each way
