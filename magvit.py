@@ -186,8 +186,8 @@ class Conv(nn.Conv3d):
     def __init__(self, in_channels, out_channels, config, kernel=3, stride=1, bias=True):
         time = min(kernel, config.time_kernel)
         super().__init__(in_channels, out_channels, (time, kernel, kernel), stride, bias=bias)
-        self.before, self.mode = time - 1 if config.causal else time // 2, config.padding
-        self.around = 4 * (kernel // 2,) + (self.before, time - 1 - self.before)
+        before = time - 1 if config.causal else time // 2
+        self.around, self.mode = 4 * (kernel // 2,) + (before, time - 1 - before), config.padding
 
     def forward(self, x):
         return super().forward(F.pad(x, self.around, self.mode) if any(self.around) else x)
@@ -232,8 +232,7 @@ class MeanPool(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        stride = np.broadcast_to(self.stride, 3)
-        kernel = [min(k, side) for k, side in zip(stride.tolist(), x.shape[2:])]            # one frame stays one
+        kernel = [min(k, side) for k, side in zip(self.stride, x.shape[2:])]    # one frame stays one
         return F.avg_pool3d(x, kernel, ceil_mode=True, count_include_pad=False)
 
 
@@ -584,7 +583,7 @@ TASKS = {   # paper's name: what is known (see region), what fills the rest of t
     "FI": ("ends", "linear", -5), "OPC": ("centre", "edge", -6), "OPV": ("columns", "edge", -6),
     "OPH": ("rows", "edge", -6), "OPD": ("moving", "black", -6),
     "IPC": ("not centre", "black", -6), "IPD": ("not moving centre", "black", -6)}      # QUIRK: not their own, -7
-MASK, GENERATE = -1, -3                                                         # rows from the end of the table
+MASK = -1                                                                       # the last row of the table
 
 
 def region(task, shape, frames=1):
@@ -594,9 +593,8 @@ def region(task, shape, frames=1):
     """
     T, H, W = shape
     t, y, x = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
-    if "start" in TASKS[task][0] or "ends" in TASKS[task][0]:
-        if frames * (2 if task == "FI" else 1) >= T:
-            raise UserError(f"{task} with {frames} known frames needs more than the {T} that there are")
+    if frames * {"start": 1, "ends": 2}.get(TASKS[task][0], 0) >= T:
+        raise UserError(f"{task} with {frames} known frames needs more than the {T} that there are")
     start = torch.from_numpy(np.round(np.linspace(0, W / 2, T))).long()[:, None, None]      # half to even
     rows, columns = (y >= H // 4) & (y < 3 * H // 4), (x >= W // 4) & (x < 3 * W // 4)
     moving = (x >= start) & (x < start + W // 2)
@@ -621,6 +619,18 @@ def condition_video(task, videos, frames=1, black=-1.0):
         index = torch.arange(videos.shape[dim], device=videos.device).clamp(inside.min(), inside.max())
         videos = videos.index_select(dim, index)
     return videos
+
+
+def known_codes(task, number, config, device, frames=1):
+    """region of the code volume for so many clips -> (number, N) bool. frames: known ones of the clip; of the volume
+    those count that see nothing else, or 1."""
+    frames = max(1, (frames - config.causal) // config.f_time + config.causal)
+    return region(task, config.latent_shape, frames).to(device).expand(number, -1, -1, -1).flatten(1)
+
+
+def class_of(task, labels, config):
+    """labels (B,), or "no class" for each where the task or the model has none."""
+    return labels if task in ("CG", "CFP") and config.num_classes else torch.full_like(labels, config.num_classes)
 
 
 def prefix_of(tasks, labels, config):
@@ -800,7 +810,7 @@ def build_prior(config):
     return MagvitTransformer(config)
 
 
-# === Losses: squared error + ResNet-50's logits + GAN with R1 and LeCam ===============================================
+# === Losses: squared error + GAN with R1 and LeCam ====================================================================
 class DiscriminatorBlock(nn.Module):
     """(leaky 3x3x3, means, leaky 3x3x3; plus means, 1x1x1) / sqrt 2.  (B, C_in, T, H, W) -> (B, C, T/2, H/2, W/2)."""
     def __init__(self, in_channels, out_channels, time_kernel=3):
@@ -808,7 +818,7 @@ class DiscriminatorBlock(nn.Module):
         kernel, around = (time_kernel, 3, 3), (time_kernel // 2, 1, 1)
         self.conv1 = nn.Conv3d(in_channels, in_channels, kernel, padding=around)
         self.skip = nn.Conv3d(in_channels, out_channels, 1, bias=False)
-        self.conv2, self.down = nn.Conv3d(in_channels, out_channels, kernel, padding=around), MeanPool(2)
+        self.conv2, self.down = nn.Conv3d(in_channels, out_channels, kernel, padding=around), MeanPool((2, 2, 2))
 
     def forward(self, x):
         h = F.leaky_relu(self.conv2(self.down(F.leaky_relu(self.conv1(x), 0.2))), 0.2)
@@ -843,8 +853,9 @@ class Discriminator(nn.Module):
         return self.dense2(F.leaky_relu(self.dense1(x), 0.2))
 
 
+# Copied from maskgit.py
 def r1_penalty(discriminator, real):
-    """Logits of real videos (B, 1), mean over them of D's squared gradient there. Not to be called under autocast."""
+    """Logits of real images (B, 1), mean over images of D's squared gradient there. Not to be called under autocast."""
     real = real.detach().requires_grad_()
     logits = discriminator(real)
     [gradient] = torch.autograd.grad(logits.sum(), real, create_graph=True)
@@ -933,23 +944,15 @@ def sample(tokenizer, prior, task, labels, *, videos=None, frames=1, mode="commi
     c, B = prior.config, len(labels)
     if task not in c.tasks.split():
         raise UserError(f"task {task} is unknown: this model knows {c.tasks}")
-    none = torch.full_like(labels, c.num_classes)
-    labels = labels if task in ("CG", "CFP") else none
     if (guidance := decoding.get("guidance", 1)) != 1 and not (c.label_dropout and c.num_classes):
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
-    known = region(task, c.latent_shape, latent_frames(c, frames)).to(labels.device)
-    known, condition = known.expand(B, *c.latent_shape).flatten(1), None
+    known, condition = known_codes(task, B, c, labels.device, frames), None
     if task != "CG":
         condition = tokenizer.encode(condition_video(task, videos, frames)).flatten(1)
-    null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], none, c)
-    tokens = decode_tokens(prior, prefix_of(B * [task], labels, c), condition, known, null_prefix=null, mode=mode,
-                           **decoding)
+    prefix = prefix_of(B * [task], class_of(task, labels, c), c)
+    null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], torch.full_like(labels, c.num_classes), c)
+    tokens = decode_tokens(prior, prefix, condition, known, null_prefix=null, mode=mode, **decoding)
     return tokenizer.decode(tokens.view(B, *c.latent_shape)).clamp(-1, 1)
-
-
-def latent_frames(config, frames):
-    """How many frames of the code volume count as known with so many of the clip: those that see nothing else, or 1."""
-    return max(1, (frames - config.causal) // config.f_time + config.causal)
 
 
 # === Training: one visible loop per stage =============================================================================
@@ -968,17 +971,13 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def generator_loss(config, real, fake, quantizer_loss, perceptual=None, discriminator=None):
-    """mean (real - fake)^2 + quantizer_loss + weighted mse of ResNet's logits, weighted GAN term -> loss, metrics.
+def generator_loss(config, real, fake, quantizer_loss, discriminator=None):
+    """mean (real - fake)^2 + quantizer_loss + weighted GAN term (discriminator None: without it) -> loss, metrics.
 
-    real, fake: videos (B, 3, T, H, W) in [0, 1]. perceptual, discriminator None: without them. Weights are fixed.
+    real, fake: videos (B, 3, T, H, W) in [0, 1]. The weight is fixed.
     """
     metrics = {"mse": F.mse_loss(fake, real)}
     loss = metrics["mse"] + quantizer_loss
-    if perceptual:
-        frames = lambda x: F.interpolate(x.transpose(1, 2).flatten(0, 1), (224, 224), mode="bilinear")
-        metrics["perceptual"] = F.mse_loss(perceptual(frames(fake)), perceptual(frames(real)))
-        loss = loss + config.perceptual_weight * metrics["perceptual"]
     if discriminator:
         metrics["g_loss"] = adversarial_loss(config.gan, discriminator(fake))
         loss = loss + config.disc_weight * metrics["g_loss"]
@@ -1012,7 +1011,7 @@ def train_tokenizer(config, data, run):
         # 1. the autoencoder
         more = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
         quantizer_loss = found["commitment"] + found.get("codebook", 0) + more * found["entropy"]
-        loss, metrics = generator_loss(config, real, fake, quantizer_loss, None, adversary)
+        loss, metrics = generator_loss(config, real, fake, quantizer_loss, adversary)
         backward(loss, optimizer)
         # 2. the discriminator, before either has changed
         if adversary:
@@ -1060,14 +1059,10 @@ def train_prior(config, data, run, tokenizer):
         task = tasks[torch.randint(len(tasks), (), generator=generator)]
         ratio = schedule(torch.rand((), generator=generator), prior.places, config.schedule)    # one for all clips
         scores, labels = torch.rand(len(index), prior.places, generator=generator), all_labels[index]
-        if task not in ("CG", "CFP"):
-            labels = torch.full_like(labels, config.num_classes)
-        elif config.num_classes:
-            dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
-            labels = labels.masked_fill(dropped, config.num_classes)
+        dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
+        labels = class_of(task, labels, config).masked_fill(dropped, config.num_classes)
         tokens, labels, scores, index = shard(all_tokens[index].flatten(1), labels, scores, index, device=run.device)
-        known = region(task, config.latent_shape).to(run.device).expand(len(tokens), *config.latent_shape).flatten(1)
-        condition = tokens
+        known, condition = known_codes(task, len(tokens), config, run.device), tokens
         if task != "CG":
             seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1)
             with torch.no_grad(), autocast(run.device):
@@ -1101,8 +1096,9 @@ def fingerprint(tokenizer, *more):
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
+# Copied from vqvae2.py
 def cached_tokens(tokenizer, data, run):
-    """The training clips' tokens, kept in RUN/tokens.npz with the fingerprint of the tokenizer and of the data."""
+    """The training images' tokens, kept in RUN/tokens.npz with the fingerprint of the tokenizer and of the data."""
     mark, path = fingerprint(tokenizer, *data.train), run.folder / "tokens.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
@@ -1110,7 +1106,8 @@ def cached_tokens(tokenizer, data, run):
                 return torch.from_numpy(file["tokens"].astype(np.int64))
     tokens = tokenize(tokenizer, data.train[0], run.device)
     if run.is_main:
-        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(np.uint32))
+        kind = np.promote_types(np.uint16, np.min_scalar_type(tokenizer.codebook_size - 1))
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(kind))
         write_file(path, buffer.getbuffer())
     return tokens
 
@@ -1763,8 +1760,7 @@ def show(args, run, videos, name, columns, following):
     """Write clips as --out or RUN/name, an animated GIF, and a contact sheet .png: a clip's frames in a row."""
     out = Path(args.out or run.folder / name)
     save_gif(videos, out, columns)
-    sheet = videos[:12]
-    save_grid(sheet.transpose(1, 2).flatten(0, 1), out.with_suffix(".png"), videos.shape[2])
+    save_grid(videos[:12].transpose(1, 2).flatten(0, 1), out.with_suffix(".png"), videos.shape[2])
     print(f"{out}   next: python {NAME}.py {following} {run.folder}")
 
 
@@ -1808,8 +1804,9 @@ def edit_command(args, run, tokenizer, prior):
     else:
         data = load_data(config)
         videos, labels = data.test[0][:6], data.test[1][:6]
+    videos = videos / 127.5 - 1
     for task in args.task or [task for task in run.config.tasks.split() if task != "CG"]:
-        edit(args, run, tokenizer, prior, task, videos / 127.5 - 1, labels)
+        edit(args, run, tokenizer, prior, task, videos, labels)
 
 
 def edit(args, run, tokenizer, prior, task, videos, labels):
@@ -1842,15 +1839,13 @@ def evaluate_command(args, run, tokenizer, prior):
                          for v, t in zip(videos.split(16), tokens.split(16))])
     losses = {}
     for task in c.tasks.split():
-        known = region(task, c.latent_shape).expand(len(tokens), *c.latent_shape).flatten(1)
-        condition = tokens.flatten(1)
+        known, condition = known_codes(task, len(tokens), c, "cpu"), tokens.flatten(1)
         if task != "CG":
             condition = torch.cat([tokenizer.encode(condition_video(task, v.to(run.device) / 127.5 - 1)).cpu()
                                    for v in videos.split(16)]).flatten(1)
-        given = labels if task in ("CG", "CFP") else torch.full_like(labels, c.num_classes)
         ratio = schedule((torch.arange(len(tokens)) + 0.5) / len(tokens), prior.places, c.schedule)
         found = prior.loss(*(x.to(run.device) for x in (
-            prefix_of(len(tokens) * [task], given, c), tokens.flatten(1), condition, known,
+            prefix_of(len(tokens) * [task], class_of(task, labels, c), c), tokens.flatten(1), condition, known,
             torch.rand(known.shape, generator=generator), ratio)))[1]
         losses[task] = {name: float(value) for name, value in found.items()}
     (share, perplexity), start, num = use(tokens, tokenizer), time.time(), len(labels[:8])

@@ -643,7 +643,7 @@ def r1_penalty(discriminator, real):
     real = real.detach().requires_grad_()
     logits = discriminator(real)
     [gradient] = torch.autograd.grad(logits.sum(), real, create_graph=True)
-    return logits, gradient.square().sum((1, 2, 3)).mean()
+    return logits, gradient.square().flatten(1).sum(1).mean()
 
 
 def discriminator_loss(gan, real, fake):
@@ -910,7 +910,8 @@ def cached_tokens(tokenizer, data, run):
                 return torch.from_numpy(file["tokens"].astype(np.int64))
     tokens = tokenize(tokenizer, data.train[0], run.device)
     if run.is_main:
-        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(np.uint16))
+        kind = np.promote_types(np.uint16, np.min_scalar_type(tokenizer.codebook_size - 1))
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), tokens=tokens.numpy().astype(kind))
         write_file(path, buffer.getbuffer())
     return tokens
 

@@ -31,7 +31,7 @@ import pixelcnn  # noqa: E402
 STEPS, SIZE, FRAMES = int(os.environ.get("JUDGE_STEPS", 600)), 32, 8       # fewer steps: only to test the judge itself
 
 
-def network(classes, channels=3):
+def network(classes, channels):
     """images (B, channels, 32, 32) -> features (B, 128) -> class logits: judge[:-1] gives the features."""
     conv = lambda i, o, stride: (nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
     return nn.Sequential(*conv(channels, 32, 1), *conv(32, 64, 2), *conv(64, 128, 2), *conv(128, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -51,7 +51,7 @@ def run(judge, images, layers=slice(None)):
         return torch.cat([judge[layers](prepare(part)) for part in images.split(256)])
 
 
-def real_data(data, data_dir, frames=0):
+def real_data(data, data_dir, frames):
     if frames:
         return magvit.load_data(magvit.Config(data=data, data_dir=str(data_dir), image_size=SIZE, frames=frames, num_classes=0))
     return pixelcnn.load_data(pixelcnn.Config(data=data, data_dir=str(data_dir), image_size=SIZE, num_classes=0))
@@ -64,16 +64,17 @@ def get_judge(data, data_dir="data", frames=0):
 
 
 @functools.lru_cache(1)                     # a notebook asks many times
-def load_judge(data, data_dir, path, frames=0):
-    real = real_data(data, data_dir, frames) if frames else real_data(data, data_dir)
-    judge = network(len(real.classes), 3 * FRAMES if frames else 3)
+def load_judge(data, data_dir, path, frames):
+    real = real_data(data, data_dir, frames)
+    sizes = len(real.classes), prepare(real.test[0][:1]).shape[1]
+    judge = network(*sizes)
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
     else:
         print(f"training the judge of {data}, once: {path}", file=sys.stderr)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            judge = network(len(real.classes), 3 * FRAMES if frames else 3)
+            judge = network(*sizes)
             optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
             for step in range(STEPS):

@@ -701,15 +701,19 @@ def nchw(x):
     return x.permute(0, 3, 1, 2)
 
 
-def flax_grads(net, loss, prefix, golden, scale=1000):
-    """{prefix + official name: gradient of scale * loss, in Flax's layout} of the parameters that the file records."""
-    ours, parameters, found = maskgit.our_names(golden["params"]), dict(net.named_parameters()), {}
+def flax_grads(net, loss, prefix, golden, scale=1000, ours=None, inside=""):
+    """{prefix + official name: gradient of scale * loss, in Flax's layout} of the parameters that the file records.
+
+    ours: {official name: ours} (default: maskgit's). inside: what the file's names of parameters begin with besides.
+    """
+    ours, parameters, found = ours or maskgit.our_names(golden["params"]), dict(net.named_parameters()), {}
     net.zero_grad()
     (scale * loss).backward(retain_graph=True)
     for name, shape in golden["params"].items():
+        name = name.removeprefix(inside)
         if prefix + name in golden["outputs"]:
             grad = parameters[ours[name]].grad
-            grad = grad.permute(2, 3, 1, 0) if grad.ndim == 4 else grad.T if name.endswith("kernel") else grad
+            grad = grad.permute(*range(2, grad.ndim), 1, 0) if grad.ndim >= 4 else grad.T if name.endswith("kernel") else grad
             found[prefix + name] = grad.reshape(shape)
     return found
 
@@ -1148,20 +1152,6 @@ def magvit_modules(net, names):
     return found
 
 
-def magvit_gradients(net, names, loss, prefix, heads=None):
-    """loss's gradients, in the release's layout."""
-    net.zero_grad()
-    loss.backward()
-    out, params = {}, dict(net.named_parameters())
-    for theirs, ours in names.items():
-        grad = params[ours].grad
-        if grad is not None:
-            grad = grad.permute(2, 3, 4, 1, 0) if grad.ndim == 5 else grad.T if theirs.endswith("kernel") else grad
-            split = heads and "self_attention" in theirs and "/out/" not in theirs
-            out[prefix + theirs] = grad.unflatten(-1, (heads, -1)) if split else grad
-    return out
-
-
 def magvit_config(c, **more):
     return magvit.Config(**dict(frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
                                 temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
@@ -1208,7 +1198,7 @@ def magvit_tokenizer(golden, inputs):
     q, _, losses = net.quantized(net.encoder(video))
     again = net.decoder(q)
     loss = 100 * (sum(losses.values()) + F.mse_loss(again, video) + (to_last(again) * inputs["probe"]).mean())
-    return out | {"train/loss_x100": loss} | magvit_gradients(net, names, loss, "grad/")
+    return out | {"train/loss_x100": loss} | flax_grads(net, loss, "grad/", golden, 1, names)
 
 
 @checks("magvit_losses")
@@ -1223,11 +1213,11 @@ def magvit_losses(golden, inputs):
     out |= {f"d3/{theirs}": to_last(seen[ours]) if seen[ours].ndim == 5 else seen[ours] for theirs, ours in modules.items()}
     logits, r1 = magvit.r1_penalty(net, real)
     torch.testing.assert_close(logits, out["d3/logit_real"])
-    out |= {"d3/logit_fake": net(fake), "d3/r1_x1e4": 1e5 * r1} | magvit_gradients(net, names, 1e6 * r1, "d3/grad_r1_x1e5/")   # the weight 10 is in both
+    out |= {"d3/logit_fake": net(fake), "d3/r1_x1e4": 1e5 * r1} | flax_grads(net, r1, "d3/grad_r1_x1e5/", golden, 1e6, names, "d3/")   # the weight 10 is in both
     frames = magvit.Discriminator((1, c["S"], c["S"]), c["filters"], c["disc_mult"], time_kernel=1)
     magvit_fill(frames, golden, "d2/")
     out["d2/logit_real_blur0"] = frames(real.transpose(1, 2).flatten(0, 1)[:, :, None]).view(*inputs["real"].shape[:2], 1)
-    out |= dict.fromkeys(("pool/odd", "pool/odd_t"), to_last(magvit.MeanPool(2)(to_second(inputs["odd"]))))
+    out |= dict.fromkeys(("pool/odd", "pool/odd_t"), to_last(magvit.MeanPool((2, 2, 2))(to_second(inputs["odd"]))))
     real, fake = inputs["logit_real"], inputs["logit_fake"]
     for gan in ("hinge", "non-saturating"):
         out |= {f"d_loss/{gan}": magvit.discriminator_loss(gan, real, fake), f"g_loss/{gan}": magvit.adversarial_loss(gan, fake)}
@@ -1313,7 +1303,7 @@ def magvit_transformer(golden, inputs):
                 f"{layer}/BertMlp_0": out.get(f"{layer}/BertMlp_0/layer_output_ln")}
     nats = net.nats([ours], codes[:, 2:], c["smoothing"])
     out |= {"loss_masked": magvit.weighted_mean(nats, (pick == 0)[:, 2:]), "loss_all": magvit.weighted_mean(nats, torch.ones_like(nats))}
-    return out | magvit_gradients(net, names, 1000 * out["loss_all"], "grad/", c["heads"])
+    return out | flax_grads(net, out["loss_all"], "grad/", golden, ours=names)
 
 
 @checks("magvit_decode")
@@ -1322,7 +1312,7 @@ def magvit_decode(golden, inputs):
     (net, _), grid, labels = magvit_bert(golden), (c["lt"], c["ls"], c["ls"]), inputs["label"][:, 0]
     null, null_ids = magvit_prefix("CG", torch.full_like(labels, c["classes"]), net.config)
     for name in {name.split("/")[0] for name in golden["outputs"]}:
-        task = MAGVIT_TASKS[re.sub(r"_fixed|_cfg[\d.]+", "", name).replace("frame_prediction_cfp", "frame_prediction_cfp")]
+        task = MAGVIT_TASKS[re.sub(r"_fixed|_cfg[\d.]+", "", name)]
         prefix, ids = magvit_prefix(task, labels, net.config)
         known, trace = magvit.region(task, grid).expand(len(labels), *grid).flatten(1), []
         drawn = magvit.decode_tokens(

@@ -9,7 +9,7 @@ def test_judge_tells_right_from_wrong(tmp_path, monkeypatch):
     import pixelcnn
     monkeypatch.setenv("JUDGE_CACHE", str(tmp_path))
     monkeypatch.setattr(judge, "STEPS", 40)
-    monkeypatch.setattr(judge, "real_data", lambda data, data_dir: pixelcnn.load_data(
+    monkeypatch.setattr(judge, "real_data", lambda data, data_dir, frames: pixelcnn.load_data(
         pixelcnn.Config(train_images=1500, test_images=300, image_size=32)))
     images, labels = map(torch.from_numpy, pixelcnn.draw_shapes(5, range(200), 32))
     images = images.permute(0, 3, 1, 2)

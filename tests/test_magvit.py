@@ -293,6 +293,22 @@ def test_clips_that_cannot_be_read(tmp_path):
             magvit.read_clip(tmp_path / "y" / name, TINY)
 
 
+def test_training_runs_and_keeps_large_codes(tmp_path, monkeypatch, capsys):
+    """Both tokenizers through the command line, without classes too; 2^18 codes come back from the file. Planted: 16 bits in the file; labels of
+    the data told to a model without classes."""
+    words = "--train-images 8 --test-images 4 --image-size 16 --ch 8 --groups 4 --ch-mult 1 2 --temporal 1 --width 16 --heads 2 --layers 1 --batch-size-prior 2 "
+    words += "--train-steps-tokenizer 2 --train-steps-prior 12 --sample-steps 2 --disc-weight 0.1 --disc-width 4 --disc-mult 1 1 --lecam-weight 0.001 --tasks"
+    for run, more in (("a", "--frames 6"), ("b", "--frames 5 --causal --frame-norm --code-dim 18 --token-bits 9 9 --num-classes 0")):
+        magvit.main(["train", *words.split(), "CG FP IPD", *more.split(), "--out", str(tmp_path / run)])
+        assert "samples.gif" in capsys.readouterr().out and (tmp_path / run / "report.json").exists()
+        magvit.main(["edit", str(tmp_path / run)])
+        assert (tmp_path / run / "FP.gif").exists() and (tmp_path / run / "IPD.png").exists()
+    kept = np.load(tmp_path / "b" / "tokens.npz")["tokens"]
+    run, tokenizer, _ = magvit.load_run(tmp_path / "b")
+    wanted = magvit.tokenize(tokenizer, magvit.load_data(run.config).train[0], "cpu")
+    assert int(wanted.max()) > 2 ** 16 and np.array_equal(kept, wanted.numpy())
+
+
 # --- released configurations
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("magvit_*release.json.gz")), ids=lambda path: path.name.removesuffix("_release.json.gz"))
