@@ -22,17 +22,32 @@ bits.
     training: tokens, some hidden (as the condition's codes or MASK) -> Transformer -> cross-entropy at ALL positions
     sampling: all hidden -> [ logits -> draw every hidden code -> hide the least sure again ] x steps -> Decoder
 
-Run         (a draft: equal to the recorded numbers and tested; its training is not tuned, --official not here yet)
-    python magvit.py train --out RUN                                moving shapes by class, ten tasks
-    python magvit.py sample RUN --labels left growing               animated GIF, and a contact sheet
-    python magvit.py edit RUN --task FP OPC                         predicts, interpolates, inpaints, outpaints clips
-
 Glossary
     T, t       frames of a clip, of the code volume;   f, f_time: pixels and frames to a code, each way
     V, E       codes, width of a code (v2: V = 2^E);   N = t h w tokens
     condition  what a task knows of a clip, padded to a whole clip; known: where it is not padding
     MASK       id -1, which reads the last row of the table;   prefix: task (if several) and class, before the codes
     refine, mask, recons   parts of the loss: hidden and known, hidden and not known, not hidden
+    tasks      CG class-conditional generation, FP frame prediction, CFP both, FI frame interpolation; OPC, OPV, OPH,
+               OPD outpainting from the centre, columns, rows, moving columns; IPC, IPD inpainting of the centre, of a
+               moving one
+
+Run
+    python magvit.py                                                the demo: moving shapes, minutes on two cores
+    python magvit.py train --preset moving_mnist --data-dir DIR --out RUN
+    python magvit.py sample RUN --labels turning growing            animated GIF, and a contact sheet
+    python magvit.py edit RUN --task FP OPC                         test clips (or CLIP ...): predicts, outpaints, ...
+    python magvit.py reconstruct CLIP.gif --official video.ckpt     Open-MAGVIT2's tokenizer
+    python magvit.py train --causal --frame-norm --frames 9 --code-dim 18 --token-bits 9 9 --inflation last --out RUN
+
+Contents   Config and presets, Tokenizer, Tasks, Prior, Losses, Sampler, Training, Official weights, Helpers, Command
+           line
+Not here   the perceptual loss (squared differences of ResNet-50's logits, weight 0.1; maskgit.py has such a network),
+           block masking, the prefix and segment variants, top-k, FVD (its network is no part of the release), captions.
+Departs    Presets after demo and moving_mnist: GAN in 2D and 3D from the first step, as released. The demo's codes are
+           running means with restarts and its learning rate falls from 2D to 3D: minutes in place of days. Class
+           dropout and guidance are ours (release: none). open-magvit2's transformer is the paper's idea with
+           MAGVIT-L's sizes: none was released. Frames are read from .gif, .npy or image files, not from films.
 """
 import argparse
 import contextlib
@@ -68,12 +83,12 @@ class Config:
     """All settings; each comment is also the flag's --help. The defaults are the demo."""
     data: str = "shapes"            # shapes, moving_mnist, or a folder with train/<class>/*, test/<class>/* (clips)
     data_dir: str = "data"          # where mnist is looked for, or downloaded to
-    train_images: int = 0           # use only this many training clips (0: all; of the endless shapes 4,000)
+    train_images: int = 0           # use only this many training clips (0: all; of the endless shapes 3,000)
     test_images: int = 0            # use only this many test clips (0: all; of the endless shapes 400)
     skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
     frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
-    num_classes: int = 9            # classes the transformer is told (0: none)
+    num_classes: int = 4            # classes the transformer is told (0: none)
     # tokenizer
     causal: bool = False            # MAGVIT-v2's: causal convolutions, signs as codes (off: MAGVIT's)
     frame_norm: bool = False        # statistics of the norms per frame: nothing of the future (v2's third party: off)
@@ -86,12 +101,13 @@ class Config:
     num_res_blocks: int = 1         # residual blocks per level of the encoder, and after the last (release: 2)
     num_res_blocks_decoder: int = 1  # of the decoder, and before the first (release: as many)
     code_dim: int = 8               # E, width of a code; causal: bits, V = 2^E
-    codebook_size: int = 512        # V, codes (causal: ignored)
+    codebook_size: int = 256        # V, codes (causal: ignored)
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
-    entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
+    entropy_weight: float = 0.0     # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
-    codebook_ema: float = 0.95      # decay of the running means that the codes are (release: 0, by gradient)
-    restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
+    codebook_ema: float = 0.98      # decay of the running means that the codes are (release: 0, by gradient)
+    restart: int = 50               # a code unused for so many steps moves to a random latent of the batch (0: never)
+    inflation: str = "central"      # slice of a 3D kernel that a 2D one becomes: central, average (all), last (causal)
     entropy_boost: float = 0.0      # the entropy term begins with 1 + this times its weight (v2, as its author says: 3)
     entropy_boost_steps: int = 2000  # steps in which that goes
     gan: str = "non-saturating"     # losses of generator and discriminator: non-saturating or hinge
@@ -102,7 +118,8 @@ class Config:
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real clips
     lecam_weight: float = 0.0       # weight of LeCam's term (paper: 0.001; released configs: 0)
     # transformer
-    tasks: str = "CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # what the transformer learns, a task in each step
+    tasks: str = "CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # one a step; named twice: twice as often
+    known_frames: int = 1           # frames that FP and CFP know at the start, FI at both ends (Kinetics-600: 5)
     multi_task: bool = True         # several tasks: a task token before the class (off: one task, no token)
     token_bits: tuple = ()          # a code's bits in parts, each with a table of its own (v2: 9 9; empty: one table)
     width: int = 128                # M, width of the transformer
@@ -115,25 +132,37 @@ class Config:
     schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
     # training
     seed: int = 0                   # a step is a function of (seed, step)
+    batch_size_images: int = 16     # frames per step of the 2D tokenizer, over all processes
     batch_size: int = 2             # clips per step of the tokenizer, over all processes
-    batch_size_prior: int = 16      # clips per step of the transformer, over all processes
-    train_steps_tokenizer: int = 1200  # steps of the tokenizer
-    train_steps_prior: int = 1000   # steps of the transformer
-    lr_tokenizer: float = 2e-3      # learning rate of autoencoder and discriminator (release: 1e-4)
+    batch_size_prior: int = 8       # clips per step of the transformer, over all processes
+    train_steps_images: int = 800   # steps of a 2D tokenizer of single frames, before it is inflated to 3D (0: none)
+    train_steps_tokenizer: int = 480  # steps of the tokenizer
+    train_steps_prior: int = 1400   # steps of the transformer
+    lr_images: float = 2e-3         # learning rate of the 2D tokenizer (release: 1e-4)
+    lr_tokenizer: float = 1e-3      # learning rate of the tokenizer; of discriminators the same (release: 1e-4)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.995              # decay of the averaged weights, which sampling uses (0: the weights themselves)
+    compile: bool = False           # torch.compile (CUDA)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a clip
+    temperature: float = 1.0        # logits are divided by it: how varied the drawn codes are
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
     guidance: float = 1.0           # logits = no class + guidance (class - no class); 1: none
 
     def __post_init__(self):
         self.ch_mult, self.temporal, self.token_bits = map(tuple, (self.ch_mult, self.temporal, self.token_bits))
         self.codebook_size = 2 ** self.code_dim if self.causal else self.codebook_size
+
+    @property
+    def flat(self):
+        """The 2D tokenizer of single frames that is inflated to this one."""
+        return dataclasses.replace(self, frames=1, time_kernel=1, temporal=(False,) * len(self.temporal),
+                                   lr_tokenizer=self.lr_images, batch_size=self.batch_size_images,
+                                   train_steps_tokenizer=self.train_steps_images)
 
     @property
     def widths(self):
@@ -171,9 +200,29 @@ class Config:
         return sum(self.group_sizes) + self.num_classes + 1 + (16 if self.multi_task else 1)
 
 
+RELEASE = dict(image_size=128, frames=16, ch=64, groups=32, ch_mult=(1, 2, 2, 4), temporal=(True, True, False),
+               num_res_blocks=2, num_res_blocks_decoder=2, code_dim=256, codebook_size=1024, beta=0.25,
+               entropy_weight=0.1, codebook_ema=0.0, restart=0, disc_weight=0.1, disc_width=64,
+               disc_mult=(2, 4, 4, 4, 4), width=768, heads=12, layers=12, dropout=0.1, label_dropout=0.0,
+               batch_size=128, batch_size_images=512, batch_size_prior=256, lr_images=1e-4, lr_tokenizer=1e-4,
+               lr_prior=1e-4, warmup=5000, ema=0.999, save_every=5000)
+UCF101 = RELEASE | dict(data="ucf101", num_classes=101, tasks="CG", multi_task=False, train_steps_images=74_000,
+                        train_steps_tokenizer=37_000, warmup_tokenizer=74, train_steps_prior=74_000)
+BAIR = RELEASE | dict(data="bair", num_classes=0, image_size=64, ch_mult=(1, 2, 4), disc_mult=(2, 4, 4, 4),
+                      tasks="FP", multi_task=False, train_steps_images=0, train_steps_tokenizer=135_200,
+                      warmup_tokenizer=338, train_steps_prior=67_600)
+LARGE = dict(ch=128, disc_width=128, batch_size=256, width=1024, heads=16, layers=24)
+EIGHT = dict(tasks="FP FI OPH OPV OPC OPD IPC IPD", multi_task=True, train_steps_prior=202_800)
 PRESETS = {
     "demo": Config(),
     "moving_mnist": Config(data="moving_mnist", num_classes=10),
+    "ucf101-b": Config(**UCF101), "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000)),
+    "bair-b": Config(**BAIR), "bair-l": Config(**BAIR | LARGE | dict(train_steps_prior=135_200)),
+    "bair-b-8": Config(**BAIR | EIGHT), "bair-l-8": Config(**BAIR | LARGE | EIGHT | dict(train_steps_prior=270_400)),
+    # MAGVIT-v2's: tokenizer as Open-MAGVIT2's, its transformer as the paper says (two tables of 2^9, MAGVIT-L's size)
+    "open-magvit2": Config(**UCF101 | LARGE | dict(
+        frames=17, causal=True, temporal=(False, True, True), num_res_blocks=4, num_res_blocks_decoder=4, code_dim=18,
+        token_bits=(9, 9), inflation="last", entropy_boost=3.0, lecam_weight=0.001)),
 }
 
 
@@ -621,10 +670,10 @@ def condition_video(task, videos, frames=1, black=-1.0):
     return videos
 
 
-def known_codes(task, number, config, device, frames=1):
-    """region of the code volume for so many clips -> (number, N) bool. frames: known ones of the clip; of the volume
-    those count that see nothing else, or 1."""
-    frames = max(1, (frames - config.causal) // config.f_time + config.causal)
+def known_codes(task, number, config, device):
+    """region of the code volume for so many clips -> (number, N) bool. Of its frames those are known that are codes of
+    known frames alone, at least 1."""
+    frames = max(1, (config.known_frames - config.causal) // config.f_time + config.causal)
     return region(task, config.latent_shape, frames).to(device).expand(number, -1, -1, -1).flatten(1)
 
 
@@ -883,7 +932,8 @@ def lecam(real, fake, ema_real, ema_fake):
 
 
 def build_discriminator(config):
-    return Discriminator((config.frames, config.image_size, config.image_size), config.disc_width, config.disc_mult)
+    return Discriminator((config.frames, config.image_size, config.image_size), config.disc_width, config.disc_mult,
+                         config.time_kernel)
 
 
 # === Sampler: one visible loop for all tasks ==========================================================================
@@ -895,8 +945,9 @@ def gumbel(like, generator=None):
 
 
 @torch.no_grad()
-def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method="cosine", choice_temperature=4.5,
-                  guidance=1.0, null_prefix=None, mode="commit", generator=None, noise=None, trace=None):
+def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method="cosine", temperature=1.0,
+                  choice_temperature=4.5, guidance=1.0, null_prefix=None, mode="commit", generator=None, noise=None,
+                  trace=None):
     """Draw all codes of a video in passes -> (B, N). Each draws every hidden code, then hides the least sure again.
 
     prefix (B, P): see prefix_of. condition (B, N) codes of the condition video, known (B, N) bool where it says
@@ -918,6 +969,7 @@ def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method
         if guidance != 1:
             null = prior(null_prefix, inputs.masked_fill(hidden, MASK))
             logits = [b + guidance * (a - b) for a, b in zip(logits, null)]
+        logits = [part / temperature for part in logits]
         parts = torch.stack([(part + noise(step, "token", part)).argmax(-1) for part in logits], -1)
         tokens = torch.where(hidden, join(parts, bits), tokens)
         score = -prior.nats(logits, tokens)                                     # log of its probability
@@ -934,21 +986,21 @@ def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method
 
 
 @torch.no_grad()
-def sample(tokenizer, prior, task, labels, *, videos=None, frames=1, mode="commit", **decoding):
+def sample(tokenizer, prior, labels, *, task="CG", videos=None, mode="commit", **decoding):
     """Clips by a task (see TASKS) -> (B, 3, T, H, W) in [-1, 1].
 
     labels (B,) int64 classes (num_classes: none, as in all tasks but CG and CFP). videos (B, 3, T, H, W): what the task
-    completes; what it does not know of them is not read. frames: known ones, of FP, CFP, FI. decoding: see
-    decode_tokens. UserError: a task that the model was not trained for, guidance of a model without dropped labels.
+    completes; what it does not know of them is not read. decoding: see decode_tokens. UserError: a task that the model
+    was not trained for, guidance of a model without dropped labels.
     """
     c, B = prior.config, len(labels)
     if task not in c.tasks.split():
         raise UserError(f"task {task} is unknown: this model knows {c.tasks}")
     if (guidance := decoding.get("guidance", 1)) != 1 and not (c.label_dropout and c.num_classes):
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
-    known, condition = known_codes(task, B, c, labels.device, frames), None
+    known, condition = known_codes(task, B, c, labels.device), None
     if task != "CG":
-        condition = tokenizer.encode(condition_video(task, videos, frames)).flatten(1)
+        condition = tokenizer.encode(condition_video(task, videos, c.known_frames)).flatten(1)
     prefix = prefix_of(B * [task], class_of(task, labels, c), c)
     null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], torch.full_like(labels, c.num_classes), c)
     tokens = decode_tokens(prior, prefix, condition, known, null_prefix=null, mode=mode, **decoding)
@@ -985,25 +1037,45 @@ def generator_loss(config, real, fake, quantizer_loss, discriminator=None):
 
 
 def train_tokenizer(config, data, run):
-    """Autoencoder and discriminator, both in every step and from the same clips. Returns the averaged tokenizer."""
+    """On single frames in 2D first, then, inflated, on clips. Returns the averaged tokenizer."""
     for task in config.tasks.split():
-        region(task, config.latent_shape)                                       # raises where a clip is too short
+        region(task, (config.frames, 4, 4), config.known_frames)                # raises where a clip is too short
+        known_codes(task, 1, config, "cpu")
+    flat = train_autoencoder(config.flat, data, run, "images") if config.train_steps_images else ()
+    return train_autoencoder(config, data, run, "tokenizer", flat)[0]
+
+
+def train_autoencoder(config, data, run, stage, flat=()):
+    """Autoencoder and discriminator, both in every step and from the same clips (stage images: a frame of each).
+
+    flat: what this returned for single frames. Returns averaged autoencoder, discriminator (None: no GAN).
+    """
     torch.manual_seed(config.seed)
     tokenizer, ema = (build_tokenizer(config).to(run.device) for _ in range(2))
-    ema.load_state_dict(tokenizer.state_dict())
     discriminator = build_discriminator(config).to(run.device) if config.disc_weight else None
-    objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
+    for net, old in zip((tokenizer, discriminator), flat):
+        if old:
+            inflate(net, old, config.inflation)
+    ema.load_state_dict(tokenizer.state_dict())
+    if config.compile:
+        tokenizer.encoder.compile()                                             # not the codebook, which update changes
+        tokenizer.decoder.compile()
+    objects = {stage: tokenizer, f"{stage}_ema": ema}
     adam = lambda net: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr_tokenizer,
                                         (0.0, 0.99), fused=run.device.type != "mps")
-    optimizer = adam(tokenizer)
+    optimizer = objects[f"optimizer_{stage}"] = adam(tokenizer)
     if discriminator:
         opposing = adam(discriminator)
-        objects |= {"discriminator": discriminator, "optimizer_discriminator": opposing}
-    print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
+        objects |= {f"discriminator_{stage}": discriminator, f"optimizer_discriminator_{stage}": opposing}
+    print(f"{stage}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} clips of {config.data}")
-    for step in run.steps("tokenizer", config.train_steps_tokenizer, **objects, optimizer=optimizer):
+    for step in run.steps(stage, config.train_steps_tokenizer, **objects):
         generator = rng(config.seed, step)
-        [videos] = shard(data.batch("train", config.batch_size, generator)[0], device=run.device)
+        videos = data.batch("train", config.batch_size, generator)[0]
+        if config.frames < videos.shape[2]:
+            frame = torch.randint(videos.shape[2], (len(videos),), generator=generator)
+            videos = videos[torch.arange(len(videos)), :, frame, None]
+        [videos] = shard(videos, device=run.device)
         adversary = discriminator if step >= config.disc_start else None
         with autocast(run.device):
             again, found = tokenizer(videos, generator)
@@ -1022,12 +1094,12 @@ def train_tokenizer(config, data, run):
             backward(d_loss + config.r1_weight * r1 + config.lecam_weight * held, opposing)
             discriminator.means.lerp_(torch.stack([logits.mean(), made.mean()]).detach(), 0.001)   # after the loss
             metrics |= {"d_loss": d_loss, "r1": r1, "lecam": held}
-        run.log("tokenizer", step, loss=loss, **found, **metrics)               # raises on NaN before a weight changes
+        run.log(stage, step, loss=loss, **found, **metrics)               # raises on NaN before a weight changes
         for each in (optimizer, opposing) if adversary else (optimizer,):
             set_lr(each, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
             each.step()
         update_ema(ema, tokenizer, step, config.ema)
-    return ema.eval()
+    return ema.eval(), discriminator
 
 
 # Copied from maskgit.py
@@ -1051,6 +1123,8 @@ def train_prior(config, data, run, tokenizer):
     print(f"prior: {sum(p.numel() for p in prior.parameters()):,} parameters, {prior.places} tokens a clip; "
           f"{share:.1%} of {tokenizer.codebook_size} codes in use, perplexity {perplexity:.1f}; nats per token without "
           f"context: {perplexity.log():.3f}")
+    if config.compile:
+        prior.loss = torch.compile(prior.loss)                                  # loss does not go through forward
     for step in run.steps("prior", config.train_steps_prior, prior=prior, prior_ema=ema, optimizer_prior=optimizer):
         generator = rng(config.seed, step)
         rank = dist.get_rank() if dist.is_initialized() else 0                  # dropout: every process its own
@@ -1064,7 +1138,7 @@ def train_prior(config, data, run, tokenizer):
         tokens, labels, scores, index = shard(all_tokens[index].flatten(1), labels, scores, index, device=run.device)
         known, condition = known_codes(task, len(tokens), config, run.device), tokens
         if task != "CG":
-            seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1)
+            seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1, config.known_frames)
             with torch.no_grad(), autocast(run.device):
                 condition = tokenizer.encode(seen).flatten(1)
         with autocast(run.device):
@@ -1171,6 +1245,80 @@ def flax_names(model):
     return {name: names[name] for name, _ in model.named_parameters()}
 
 
+def third_party_names(model):
+    """{our name: Open-MAGVIT2's} of all parameters: its convolutions stand one level deeper."""
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, Conv)}
+    parts = [name.rpartition(".") for name, _ in model.named_parameters()]
+    return {f"{module}.{leaf}": f"{module}.conv_1.{leaf}" if module in convolutions else f"{module}.{leaf}"
+            for module, _, leaf in parts}
+
+
+# Copied from maskgit.py
+def flatten(tree, prefix=""):
+    """A nested dict -> {"a/b/c": value}; names may be flat already."""
+    found = {}
+    for name, value in tree.items():
+        found |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+# Copied from vqgan_gpt.py
+def read_weights(source):
+    """Path of a checkpoint, or a state dict -> state dict of tensors on the CPU. UserError: missing or damaged."""
+    if not isinstance(source, dict):
+        # Lightning names its callbacks' classes in a checkpoint: an empty class of that name, and nothing is executed
+        stub = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+        torch.serialization.add_safe_globals([stub])
+        with explain(f"{source} cannot be read as a checkpoint", "give a .ckpt or .pth of the release"):
+            loaded = torch.load(source, map_location="cpu", weights_only=True)
+    else:
+        loaded = source
+    inside = next((key for key in ("state_dict", "model_ema", "model") if key in loaded), None) if isinstance(
+        loaded, dict) else None
+    state = loaded[inside] if inside else loaded
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                              for name, value in state.items()):
+        hint = "it is a run of this script: name its folder" if isinstance(loaded, dict) and "progress" in loaded else \
+            "give a .ckpt or .pth of the release"
+        raise UserError(f"{'the dict' if isinstance(source, dict) else source} holds no names and tensors: {hint}")
+    return state
+
+
+def from_official(source, config=None):
+    """Weights of the authors' code -> VideoTokenizer, MagvitTransformer or Discriminator, in eval mode.
+
+    source: Flax's tree of parameters (g_params, ema_params, ...; nested, or flat with "a/b/c" as names), or
+    Open-MAGVIT2's video tokenizer: path of a checkpoint, of which the averaged weights are taken, or its state dict.
+    config: a Config; else the first preset whose names and shapes fit. All must: else UserError with the first five
+    that do not.
+    """
+    name = "the dict" if isinstance(source, dict) else source
+    if isinstance(source, dict):
+        tree = flatten(source.get("state_dict", source))
+        source = {key: torch.as_tensor(np.array(v) if isinstance(v, np.ndarray) else v) for key, v in tree.items()}
+    given, found = read_weights(source), []
+    ema = {key.removeprefix("model_ema."): value for key, value in given.items() if key.startswith("model_ema.")}
+    given = {key: ema.get(key.replace(".", ""), value) for key, value in given.items()
+             if not key.startswith(("loss.", "model_ema."))}                    # loss: discriminator, LPIPS
+    build = (build_prior if any(key.startswith("Bert") for key in given) else build_tokenizer if
+             any(key.startswith("encoder") for key in given) else build_discriminator)
+    for c in [config] if config else PRESETS.values():
+        with torch.device("meta"):
+            model = build(c)
+        names = third_party_names(model) if c.causal and build is build_tokenizer else flax_names(model)
+        state = {ours: torch_layout(theirs, given[theirs].float()) for ours, theirs in names.items() if theirs in given}
+        wrong = [names[key] for key, p in model.named_parameters() if key not in state or state[key].shape != p.shape]
+        wrong += [key for key in given if key not in names.values()]
+        found.append((wrong, model, state))
+    wrong, model, state = min(found, key=lambda each: len(each[0]))
+    if wrong:
+        raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
+                        f"{', '.join(wrong[:5])}")
+    buffers = {key: torch.zeros(value.shape) for key, value in model.named_buffers()}
+    model.load_state_dict(buffers | {key: value.contiguous().clone() for key, value in state.items()}, assign=True)
+    return model.eval()
+
+
 # === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
 # Copied from pixelcnn.py
 class UserError(Exception):
@@ -1185,16 +1333,19 @@ def check(config):
     c = config
     need(c.gan in ("non-saturating", "hinge"), f"gan {c.gan!r} is unknown: non-saturating or hinge")
     need(c.padding in ("constant", "reflect", "replicate"), f"padding {c.padding!r}: constant, reflect or replicate")
+    need(c.inflation in ("central", "average", "last"), f"inflation {c.inflation!r}: central, average or last")
     need(c.schedule in ("cosine", "log", "exponential", *POWERS) or
          re.fullmatch(r"pow(?=.*[1-9])\d*\.?\d+", c.schedule),
          f"schedule {c.schedule!r} is unknown: cosine, {', '.join(POWERS)}, log, exponential, or pow2.5 and the like")
     wrong = [task for task in c.tasks.split() if task not in TASKS]
     need(c.tasks.split() and not wrong, f"task {' '.join(wrong)} is unknown: {' '.join(TASKS)}")
-    need(c.multi_task or len(c.tasks.split()) == 1, "several tasks need --multi-task")
+    need(c.multi_task or len(set(c.tasks.split())) == 1, "several tasks need --multi-task")
     for names, least in (("batch_size batch_size_prior log_every save_every frames image_size num_res_blocks code_dim "
-                          "num_res_blocks_decoder disc_width width heads layers mlp_ratio sample_steps", 1),
+                          "known_frames num_res_blocks_decoder disc_width batch_size_images width heads layers "
+                          "mlp_ratio sample_steps", 1),
                          ("codebook_size", 2),
                          ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
+                          "train_steps_images "
                           "num_classes restart disc_start disc_weight r1_weight lecam_weight beta entropy_weight clip "
                           "entropy_boost entropy_boost_steps choice_temperature", 0)):
         for name in names.split():
@@ -1203,8 +1354,8 @@ def check(config):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
     need(c.choice_temperature < math.inf, f"choice_temperature is {c.choice_temperature}: a number, at least 0")
-    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.entropy_temperature > 0,
-         "lr_tokenizer, lr_prior and entropy_temperature must be positive")
+    for name in ("lr_images", "lr_tokenizer", "lr_prior", "entropy_temperature", "temperature"):
+        need(0 < getattr(c, name) < math.inf, f"{name} is {getattr(c, name)}: must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
     need(len(c.temporal) >= len(c.ch_mult) - 1, f"temporal needs {len(c.ch_mult) - 1} numbers, 0 or 1 for each halving")
@@ -1253,7 +1404,7 @@ def write_file(path, data):
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star", "crescent", "bars")
 COLOURS = {"red": (235, 60, 50), "orange": (245, 150, 40), "yellow": (245, 225, 60), "green": (70, 190, 80),
            "cyan": (70, 210, 225), "blue": (65, 105, 235), "purple": (150, 75, 205), "pink": (250, 150, 195)}
-MOTIONS = "right left down up clockwise counterclockwise growing shrinking still".split()
+MOTIONS = ("left-right", "up-down", "turning", "growing")
 
 
 # Copied from pixelcnn.py
@@ -1276,28 +1427,22 @@ def shape_distance(shape, x, y):
 
 
 def draw_motions(seed, indices, frames, size):
-    """Clip i is a function of (seed, i): one shape, one colour, one motion. indices (B,) -> clips uint8 (B, T, size,
-    size, 3), labels int64 (B,): the motion."""
-    u = np.random.default_rng(seed).random((max(indices) + 1, 7), np.float32)[indices][..., None]
-    labels, s = (u[:, 0, 0] * len(MOTIONS)).astype(np.int64), np.linspace(-1, 1, frames, dtype=np.float32)
-    colour = np.array(list(COLOURS.values()), np.float32)[(u[:, 1, 0] * len(COLOURS)).astype(int)]
-    cx, cy, R = 0.4 * u[:, 2] - 0.2 + 0 * s, 0.4 * u[:, 3] - 0.2 + 0 * s, 0.35 + 0.2 * u[:, 4] + 0 * s
-    turn, phase = 0.5 * u[:, 5] - 0.25, 2 * np.pi * u[:, 6]
-    for label, (name, way) in enumerate(zip(MOTIONS, (1, -1, 1, -1, 1, -1, 1, -1, 0))):
-        k = labels == label
-        if name in ("right", "left"):
-            cx[k] += 0.45 * way * s
-        elif name in ("down", "up"):
-            cy[k] += 0.45 * way * s
-        elif name.endswith("clockwise"):                                        # around the middle: y points down
-            angle = phase[k] + way * 0.75 * np.pi * s
-            cx[k], cy[k] = cx[k] / 2 + 0.4 * np.cos(angle), cy[k] / 2 + 0.4 * np.sin(angle)
-        elif way:
-            R[k] *= 1 + 0.55 * way * s
+    """Clip i is a function of (seed, i): one shape in one colour; it moves evenly, and back where it meets an end.
+    indices (B,) -> clips uint8 (B, T, size, size, 3), labels int64 (B,): the motion. turning: around the middle."""
+    u = np.random.default_rng(seed).random((max(indices) + 1, 9), np.float32)[indices][..., None]
+    labels, kinds, colours = ((u[:, i, 0] * len(names)).astype(np.int64)
+                              for i, names in enumerate((MOTIONS, SHAPES, COLOURS)))
+    colour = np.array(list(COLOURS.values()), np.float32)[colours]
+    phase = 2 * u[:, 3] + np.arange(frames, dtype=np.float32) / frames          # (B, T); 2: there and back
+    wave, angle = 1 - 2 * np.abs(phase % 2 - 1), np.pi * phase * np.where(u[:, 4] < 0.5, 1, -1)
+    x, y, R, turn = 0.4 * u[:, 5] - 0.2, 0.4 * u[:, 6] - 0.2, 0.45 + 0.15 * u[:, 7], 0.5 * u[:, 8] - 0.25
+    choose = lambda *of_motion: np.choose(labels[:, None], np.broadcast_arrays(*of_motion, wave)[:-1])
+    cx, cy = choose(0.4 * wave, x, 0.4 * np.cos(angle), x), choose(y, 0.4 * wave, 0.4 * np.sin(angle), y)
+    R = choose(R, R, R, 0.45 + 0.25 * wave)
     axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1               # pixel centres; half the side = 1
-    coverage, kinds = np.empty((len(labels), frames, size, size), np.float32), (u[:, 6, 0] * 1e4).astype(int)
+    coverage = np.empty((len(labels), frames, size, size), np.float32)
     for kind, shape in enumerate(SHAPES):
-        k = kinds % len(SHAPES) == kind
+        k = kinds == kind
         r, X, Y = (a[k, :, None, None] for a in (R, cx, cy))
         c, sn = (f(turn[k, :, None, None]) for f in (np.cos, np.sin))
         x, y = (axis - X) / r, (axis[:, None] - Y) / r
@@ -1435,7 +1580,7 @@ def load_data(config):
     if config.data == "shapes":
         classes = MOTIONS
         splits = {split: draw_motions(seed, range(limit[split] or many), config.frames, config.image_size)
-                  for split, seed, many in (("train", 0, 4000), ("test", 1, 400))}
+                  for split, seed, many in (("train", 0, 3000), ("test", 1, 400))}
     elif config.data == "moving_mnist":
         x, y, x_test, y_test = (np.frombuffer(file, np.uint8) for file in fetch("mnist", Path(config.data_dir)))
         classes, splits = "0123456789", {"train": (x[16:], y[8:], 20_000), "test": (x_test[16:], y_test[8:], 2_000)}
@@ -1752,8 +1897,30 @@ def read_labels(words, run, num):
 
 
 def load(args):
-    """What a verb works on: run, tokenizer, prior."""
-    return load_run(args.run)
+    """What a verb works on: run, tokenizer, prior; of a released tokenizer alone there is no prior."""
+    if not getattr(args, "official", None):
+        if not args.run:
+            raise UserError("name a run folder, or give --official TOKENIZER")
+        return load_run(args.run)
+    if args.run:                                                                # a clip stands where a run would
+        args.clips = [args.run, *args.clips]
+    run, tokenizer = Run.__new__(Run), from_official(args.official)             # no folder: pictures go to this one
+    if not isinstance(tokenizer, VideoTokenizer):
+        raise UserError(f"{args.official} is no tokenizer")
+    run.folder, run.device = Path("."), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.config = tokenizer.config
+    return run, tokenizer.to(run.device), None
+
+
+def read_clips(args, run, number=8):
+    """clips (n, 3, T, H, W) in [-1, 1], labels or None: those of the command line, or the first test clips."""
+    if args.clips:
+        return torch.from_numpy(np.stack([read_clip(clip, run.config) for clip in args.clips])).permute(
+            0, 4, 1, 2, 3) / 127.5 - 1, None
+    if getattr(args, "official", None):
+        raise UserError("released weights come without test clips: give some")
+    data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
+    return data.test[0][:number] / 127.5 - 1, data.test[1][:number]
 
 
 def show(args, run, videos, name, columns, following):
@@ -1761,7 +1928,8 @@ def show(args, run, videos, name, columns, following):
     out = Path(args.out or run.folder / name)
     save_gif(videos, out, columns)
     save_grid(videos[:12].transpose(1, 2).flatten(0, 1), out.with_suffix(".png"), videos.shape[2])
-    print(f"{out}   next: python {NAME}.py {following} {run.folder}")
+    official = getattr(args, "official", None)                                  # released weights: no run to go on with
+    print(f"{out}   next: python {NAME}.py {'--help' if official else f'{following} {run.folder}'}")
 
 
 def frame_psnr(a, b):
@@ -1771,8 +1939,8 @@ def frame_psnr(a, b):
 
 def in_parts(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> clips, on the CPU."""
-    fields = dict(sample_steps=args.steps, schedule=args.schedule, choice_temperature=args.choice_temperature,
-                  guidance=args.guidance)
+    fields = dict(sample_steps=args.steps, schedule=args.schedule, temperature=args.temperature,
+                  choice_temperature=args.choice_temperature, guidance=args.guidance)
     config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
     check(config)
     generator = torch.Generator(run.device).manual_seed(args.seed)
@@ -1782,14 +1950,16 @@ def in_parts(args, run, draw, *tensors):
 
 def decoding(config):
     """The settings of decode_tokens that a run was trained to be drawn with."""
-    return dict(steps=config.sample_steps, method=config.schedule, choice_temperature=config.choice_temperature,
-                guidance=config.guidance if config.num_classes else 1.0)
+    return dict(steps=config.sample_steps, method=config.schedule, temperature=config.temperature,
+                choice_temperature=config.choice_temperature, guidance=config.guidance if config.num_classes else 1.0)
 
 
 def sample_command(args, run, tokenizer, prior):
+    if "CG" not in run.config.tasks.split():                                    # it draws from no class: test clips
+        return edit_command(argparse.Namespace(**vars(args), clips=[], task=None, data_dir=None), run, tokenizer, prior)
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 4 * columns)
-    videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, "CG", labels, **more), labels)
+    videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
     write_file(run.folder / "samples.npz", buffer.getbuffer())
     show(args, run, videos, "samples.gif", columns, "edit")
@@ -1797,23 +1967,25 @@ def sample_command(args, run, tokenizer, prior):
 
 def edit_command(args, run, tokenizer, prior):
     """Test clips, or given ones: each, what a task shows of it, what the model makes of that."""
-    config = dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)
-    if args.clips:
-        videos = torch.from_numpy(np.stack([read_clip(clip, config) for clip in args.clips])).permute(0, 4, 1, 2, 3)
+    videos, labels = read_clips(args, run, args.num or 6)
+    known = list(dict.fromkeys(task for task in run.config.tasks.split() if task != "CG"))
+    if wrong := [task for task in args.task or known if task not in known]:
+        raise UserError(f"task {wrong[0]}: {run.folder} can {' '.join(known) or 'only sample'}")
+    if args.labels or labels is None:
+        if "CFP" in (args.task or known) and run.config.num_classes and not args.labels:
+            raise UserError("CFP continues clips by class: give --labels, one for each or one for all")
         labels = read_labels(args.labels, run, len(videos))
-    else:
-        data = load_data(config)
-        videos, labels = data.test[0][:6], data.test[1][:6]
-    videos = videos / 127.5 - 1
-    for task in args.task or [task for task in run.config.tasks.split() if task != "CG"]:
+    for task in args.task or known:
         edit(args, run, tokenizer, prior, task, videos, labels)
 
 
 def edit(args, run, tokenizer, prior, task, videos, labels):
     """One task: each clip, what the task shows of it, what the model makes of that."""
     more = {} if task == "CFP" else {"guidance": 1.0}                           # no class: nothing to guide by
-    draw = lambda videos, labels, **settings: sample(tokenizer, prior, task, labels, videos=videos, **settings | more)
-    drawn, where = in_parts(args, run, draw, videos, labels), region(task, videos.shape[2:])
+    draw = lambda videos, labels, **settings: sample(tokenizer, prior, labels, task=task, videos=videos,
+                                                     **settings | more)
+    drawn = in_parts(args, run, draw, videos, labels)
+    where = region(task, videos.shape[2:], run.config.known_frames)
     unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
     print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
     shown = torch.where(where, videos, 0.0)
@@ -1822,11 +1994,23 @@ def edit(args, run, tokenizer, prior, task, videos, labels):
 
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
-    data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
-    videos = data.test[0][:8] / 127.5 - 1
+    videos, _ = read_clips(args, run)
     again = tokenizer.decode(tokenizer.encode(videos.to(run.device))).clamp(-1, 1).cpu()
     print("PSNR in dB by frame:", *(f"{value:.1f}" for value in frame_psnr(videos, again).mean(0)))
     show(args, run, torch.stack([videos, again], 1).flatten(0, 1), "reconstructions.gif", 8, "sample")
+
+
+@torch.no_grad()
+def task_losses(config, tokenizer, prior, task, videos, tokens, labels):
+    """COMMIT's parts on clips uint8 and their tokens (n, N), whose shares of hidden codes are spread evenly."""
+    known, condition, n = known_codes(task, len(tokens), config, tokens.device), tokens, len(tokens)
+    if task != "CG":
+        seen = condition_video(task, videos / 127.5 - 1, config.known_frames)
+        condition = torch.cat([tokenizer.encode(part) for part in seen.split(16)]).flatten(1)
+    ratio = schedule((torch.arange(n) + 0.5) / n, prior.places, config.schedule).to(tokens.device)
+    scores = torch.rand(known.shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+    prefix = prefix_of(n * [task], class_of(task, labels, config), config)
+    return {k: float(v) for k, v in prior.loss(prefix, tokens, condition, known, scores, ratio)[1].items()}
 
 
 @torch.no_grad()
@@ -1834,22 +2018,13 @@ def evaluate_command(args, run, tokenizer, prior):
     """Reconstruction, use of the codebook, COMMIT's losses of the test clips by task, speed, size."""
     data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
     (videos, labels), c = data.test, run.config
-    tokens, generator = tokenize(tokenizer, videos, run.device), torch.Generator().manual_seed(0)
+    tokens = tokenize(tokenizer, videos, run.device)
     quality = torch.cat([frame_psnr(v / 127.5 - 1, tokenizer.decode(t.to(run.device)).clamp(-1, 1).cpu())
                          for v, t in zip(videos.split(16), tokens.split(16))])
-    losses = {}
-    for task in c.tasks.split():
-        known, condition = known_codes(task, len(tokens), c, "cpu"), tokens.flatten(1)
-        if task != "CG":
-            condition = torch.cat([tokenizer.encode(condition_video(task, v.to(run.device) / 127.5 - 1)).cpu()
-                                   for v in videos.split(16)]).flatten(1)
-        ratio = schedule((torch.arange(len(tokens)) + 0.5) / len(tokens), prior.places, c.schedule)
-        found = prior.loss(*(x.to(run.device) for x in (
-            prefix_of(len(tokens) * [task], class_of(task, labels, c), c), tokens.flatten(1), condition, known,
-            torch.rand(known.shape, generator=generator), ratio)))[1]
-        losses[task] = {name: float(value) for name, value in found.items()}
+    few = [x[:64].to(run.device) for x in (videos, tokens.flatten(1), labels)]
+    losses = {task: task_losses(c, tokenizer, prior, task, *few) for task in dict.fromkeys(c.tasks.split())}
     (share, perplexity), start, num = use(tokens, tokenizer), time.time(), len(labels[:8])
-    sample(tokenizer, prior, c.tasks.split()[0], labels[:num].to(run.device),
+    sample(tokenizer, prior, labels[:num].to(run.device), task=c.tasks.split()[0],
            videos=videos[:num].to(run.device) / 127.5 - 1,
            generator=torch.Generator(run.device).manual_seed(0), **decoding(c)).cpu()
     seconds = time.time() - start
@@ -1874,9 +2049,10 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = "run --out --num --seed --labels --steps --schedule --choice-temperature --guidance"
+RUN = "run --out --num --seed --labels --steps --schedule --temperature --choice-temperature --guidance"
 FLAGS = {
-    "run": dict(help="run folder"),
+    "run": dict(nargs="?", help="run folder"),
+    "--official": dict(metavar="FILE", help="released tokenizer (Open-MAGVIT2's for video)"),
     "clips": dict(nargs="*", help="clips, right behind the run: .gif, .npy or folders of images (none: test clips)"),
     "--task": dict(nargs="+", help="FP CFP FI OPC OPV OPH OPD IPC IPD (default: all that the run knows)"),
     "--data-dir": dict(help="where mnist is (default: where training found it)"),
@@ -1885,13 +2061,15 @@ FLAGS = {
     "--num": dict(type=positive, help="clips to draw"),
     "--steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
     "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
+    "--temperature": dict(type=float, help="logits are divided by it (default: the run's)"),
     "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),
     "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw clips by class", RUN),
     "edit": (edit_command, "predict, interpolate, inpaint or outpaint clips", f"{RUN} clips --task --data-dir"),
-    "reconstruct": (reconstruct_command, "clips through the tokenizer, above each other", "run --data-dir --out"),
+    "reconstruct": (reconstruct_command, "clips through the tokenizer, above each other",
+                    "run --official clips --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, losses by task: writes RUN/report.json", "run --data-dir")}
 
 if __name__ == "__main__":

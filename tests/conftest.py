@@ -32,6 +32,8 @@ MAR = dict(ch=32, ch_mult=(1, 1), latent_dim=3, encoder_depth=1, decoder_depth=1
            kl_weight=1e-6, noise_levels=4, mask_ratio_min=0.7, guidance=2.0, guidance_schedule="linear", temperature=1.0, clip_x0=4.0,
            disc_layers=1, disc_width=8, sample_steps=4, denoise_steps=10, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
            train_steps_tokenizer=8, train_steps_prior=12)
+MAGVIT = dict(frames=6, ch=8, groups=4, ch_mult=(1, 2), temporal=(True,), code_dim=4, layers=2, heads=2, width=16, disc_width=4, disc_mult=(1, 1), sample_steps=3,
+              warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_images=4, batch_size_prior=8, train_steps_images=4, train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),
     "pixelcnn-plain": ("pixelcnn", dict(levels=4, model="pixelcnn", num_classes=0, layers=2, width=6, head=30, train_steps_prior=12, **TINY)),
@@ -55,11 +57,15 @@ CASES = {   # name: (file, fields of its tiny Config)
                               progressive_start=1, **VAR, **TINY)),
     "mar-class": ("mar", dict(disc_start=4, flip=True, dropout=0.1, patch_size=1, **MAR, **TINY)),
     "mar-start": ("mar", dict(num_classes=0, label_dropout=0.0, disc_weight=0.0, patch_size=2, **MAR | dict(sample_steps=2), **TINY)),
+    "magvit-class": ("magvit", dict(codebook_size=16, codebook_ema=0.0, restart=3, disc_weight=0.1, disc_start=4, lecam_weight=0.001, **MAGVIT, **TINY)),
+    "magvit-causal": ("magvit", dict(num_classes=0, label_dropout=0.0, causal=True, frame_norm=True, token_bits=(1, 3), inflation="last", tasks="CG FP IPD",
+                                     **MAGVIT | dict(frames=5, train_steps_images=0), **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }
-MASKED = {"maskgit"}     # files whose priors see tokens on all sides and tell the masked ones; the others are causal
+MASKED = {"maskgit", "magvit"}     # files whose priors see tokens on all sides and tell the masked ones; the others are causal
 SCALES = {"var"}         # files whose priors tell a whole map of tokens in one pass, from all coarser maps
-CONTINUOUS = {"mar"}     # files without a codebook: latents in place of tokens, z in place of logits; the rest of their tests: tests/test_<file>.py
+CONTINUOUS = {"mar"}     # files without a codebook: latents in place of tokens, z in place of logits
+OWN_TESTS = {"mar": "no codes: tests/test_mar.py", "magvit": "clips and tasks: tests/test_magvit.py"}     # where the shared tests of a prior do not fit
 FILES = sorted({file for file, _ in CASES.values()})
 
 
@@ -97,6 +103,16 @@ class Case:
     def continuous(self):
         """Are tokens latents, which a diffusion model draws?"""
         return self.module.__name__ in CONTINUOUS
+
+    @property
+    def video(self):
+        """Are images clips (B, 3, T, H, W)?"""
+        return hasattr(self.config, "frames")
+
+    @property
+    def own_tests(self):
+        """Why a test of priors that take (tokens, labels) and give logits of codes does not fit, or ""."""
+        return OWN_TESTS.get(self.module.__name__, "")
 
     def tokens(self, tokenizer, images):
         """What the prior reads of images."""

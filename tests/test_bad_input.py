@@ -883,3 +883,108 @@ def test_mar_official_files(fails, trained_mar, tmp_path, monkeypatch):
     fails(module, "sample", "--official", "vae.pth", "holes.pth", says=["holes.pth is no model of this paper", "fc1.weight is not in it"])
     save(module.build_prior(dataclasses.replace(config, width=96, decoder_width=96, heads=6)), "heads.pth")
     fails(module, "sample", "--official", "vae.pth", "heads.pth", says=["heads.pth: 96 wide", "encoder_num_heads"])
+
+
+# --- magvit.py
+
+@pytest.fixture(scope="session")
+def trained_magvit(tmp_path_factory):
+    """A run of all tasks, and one that knows CG and FP, never saw dropped labels."""
+    import magvit
+    alone = dict(label_dropout=0.0, tasks="CG FP")
+    return magvit, *(finished(magvit, "magvit-class", tmp_path_factory, train_steps_images=1, train_steps_tokenizer=2, train_steps_prior=2, **more) for more in ({}, alone))
+
+
+def write_gif(path, frames, size=20):
+    images = [Image.new("RGB", (size, size), (10 * i, 20, 30)) for i in range(frames)]
+    images[0].save(path, save_all=True, append_images=images[1:])
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--frames", "7"], ["7 frames", "a multiple of 2"]),
+    (["--causal", "--code-dim", "9"], ["8 frames", "one more than a multiple of 2"]),
+    (["--image-size", "30"], ["30 pixels", "f = 4"]),
+    (["--known-frames", "8"], ["FP with 8 known frames", "more than the 8"]),
+    (["--known-frames", "4", "--tasks", "FI"], ["FI with 4 known frames", "more than the 8"]),
+    (["--tasks", "FP XY"], ["task XY is unknown", "CG FP CFP"]),
+    (["--tasks", ""], ["task", "CG FP CFP"]),
+    (["--no-multi-task"], ["several tasks need --multi-task"]),
+    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--width", "130"], ["width 130", "heads, 4"]),
+    (["--temporal"], ["temporal needs 2 numbers"]),
+    (["--padding", "edge"], ["padding 'edge'", "reflect"]),
+    (["--inflation", "first"], ["inflation 'first'", "central"]),
+    (["--gan", "wgan"], ["gan 'wgan'", "hinge"]),
+    (["--schedule", "sine"], ["schedule 'sine'", "cosine"]),
+    (["--token-bits", "4", "4"], ["token_bits (4, 4)", "512 codes"]),
+    (["--causal", "--code-dim", "30", "--frames", "9"], ["rows of codes", "--token-bits"]),
+    (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
+    (["--num-classes", "9"], ["4 classes", "num_classes is 9"]),
+    (["--data", "no/such"], ["no/such is no folder", "moving_mnist"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_magvit_command_lines(fails, words, says, tmp_path, monkeypatch):
+    import magvit
+    monkeypatch.chdir(tmp_path)
+    fails(magvit, "train", "--train-images", "10", "--test-images", "10", *words, says=says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["sample", "--labels", "nine"], ["nine", "left-right"]),
+    (["sample", "--guidance", "nan"], ["guidance is nan"]),
+    (["sample", "--choice-temperature", "inf"], ["choice_temperature is inf"]),
+    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--schedule", "sine"], ["schedule 'sine'"]),
+    (["edit", "--task", "XY"], ["task XY", "FP CFP FI"]),
+    (["edit", "no.gif", "--labels", "0"], ["no.gif cannot be read as a clip"]),
+    (["reconstruct", "no.gif"], ["no.gif cannot be read as a clip"]),
+], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
+def test_magvit_verbs(fails, trained_magvit, words, says):
+    module, run, _ = trained_magvit
+    fails(module, words[0], run, *words[1:], says=says)
+
+
+def test_magvit_clips(fails, trained_magvit, tmp_path):
+    """Too few frames, frames of two sizes, cut off, not a clip, without the class that CFP needs. Planted: the labels of test clips given to others."""
+    module, run, alone = trained_magvit
+    write_gif(tmp_path / "short.gif", 5)
+    write_gif(tmp_path / "whole.gif", 8)
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "whole.gif").read_bytes()[:-120])
+    (tmp_path / "sizes").mkdir()
+    for i in range(6):
+        Image.new("RGB", (20 + i // 3, 20)).save(tmp_path / "sizes" / f"{i}.png")
+    fails(module, "reconstruct", run, tmp_path / "short.gif", says=["short.gif has 5 frames", "takes 6"])
+    fails(module, "reconstruct", run, tmp_path / "sizes", says=["frames of 20 x 20 and 21 x 20", "one size"])
+    fails(module, "reconstruct", run, tmp_path / "cut.gif", says=["cut.gif"])
+    fails(module, "edit", run, tmp_path / "whole.gif", says=["CFP", "--labels"])
+    fails(module, "edit", alone, tmp_path / "whole.gif", "--task", "FI", says=["task FI", "FP"])
+    fails(module, "sample", alone, "--guidance", "2", says=["guidance", "--label-dropout"])
+    module.main(["edit", str(run), str(tmp_path / "whole.gif"), "--labels", "turning", "--out", str(tmp_path / "edited.gif")])
+    with Image.open(tmp_path / "edited.gif") as gif:
+        assert gif.n_frames == 6
+
+
+def test_magvit_official_files(fails, trained_magvit, tmp_path, monkeypatch):
+    """Missing, damaged, another paper's, no tokenizer, without clips. Planted: averaged weights not taken."""
+    module, run, _ = trained_magvit
+    monkeypatch.chdir(tmp_path)
+    config = module.Config(causal=True, frames=5, image_size=16, ch=4, groups=4, ch_mult=(1, 2, 2), temporal=(False, True), code_dim=4)
+    monkeypatch.setitem(module.PRESETS, "open-magvit2", config)
+    tokenizer = module.build_tokenizer(config).eval()
+    names = module.third_party_names(tokenizer)
+    ema = {f"model_ema.{theirs.replace('.', '')}": tokenizer.state_dict()[ours] for ours, theirs in names.items()}
+    state = {theirs: torch.zeros_like(tokenizer.state_dict()[ours]) for ours, theirs in names.items()} | {"loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state | ema | {"model_ema.decay": torch.tensor(0.999)}}, "video.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(module.from_official("video.ckpt").state_dict().values(), tokenizer.state_dict().values()))
+    write_gif(tmp_path / "clip.gif", 5, 16)
+    module.main(["reconstruct", "clip.gif", "--official", "video.ckpt"])
+    assert (tmp_path / "reconstructions.gif").exists()
+    (tmp_path / "noise.pth").write_bytes(b"noise" * 99)
+    torch.save({"a": torch.zeros(3)}, "other.pth")
+    torch.save({"state_dict": state | {"encoder.more": torch.zeros(2)}}, "more.ckpt")
+    fails(module, "reconstruct", "clip.gif", "--official", "none.ckpt", says=["none.ckpt cannot be read"])
+    fails(module, "reconstruct", "clip.gif", "--official", "noise.pth", says=["noise.pth cannot be read"])
+    fails(module, "reconstruct", "clip.gif", "--official", "other.pth", says=["other.pth is no model of this paper"])
+    fails(module, "reconstruct", "clip.gif", "--official", "more.ckpt", says=["1 names or shapes do not fit", "encoder.more"])
+    fails(module, "reconstruct", "clip.gif", "--official", run / "checkpoint.pt", says=["run of this script"])
+    fails(module, "reconstruct", "--official", "video.ckpt", says=["give some"])
+    fails(module, "reconstruct", says=["--official TOKENIZER"])

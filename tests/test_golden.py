@@ -1132,14 +1132,11 @@ def mar_schedules(golden, inputs):
 to_last, to_second = lambda x: x.movedim(1, -1), lambda x: x.movedim(-1, 1)     # channels: N,C,T,H,W -> N,T,H,W,C, and back
 
 
-def magvit_fill(net, golden, prefix=""):
-    """net with the golden file's parameters `prefix/...` -> {official name: ours}."""
-    params, state = params_of(golden, layout="flax"), {}
-    names = magvit.flax_names(net)
-    for ours, theirs in names.items():
-        state[ours] = magvit.torch_layout(theirs, params[prefix + theirs])
-    net.load_state_dict(dict(net.named_buffers()) | state)
-    return {theirs: ours for ours, theirs in names.items()}
+def magvit_load(golden, config, prefix=""):
+    """The golden file's parameters `prefix/...` -> the net that they fit, {official name: ours}."""
+    inside = (lambda name: name.startswith(prefix)) if prefix else (lambda name: not name.startswith(("2d/", "d2/", "d3/")))
+    net = magvit.from_official({name.removeprefix(prefix): value for name, value in params_of(golden, layout="flax").items() if inside(name)}, config)
+    return net, {theirs: ours for ours, theirs in magvit.flax_names(net).items()}
 
 
 def magvit_modules(net, names):
@@ -1162,8 +1159,7 @@ def magvit_config(c, **more):
 @checks("magvit_tokenizer")
 def magvit_tokenizer(golden, inputs):
     c, build, out = golden["config"], lambda **more: magvit.VideoTokenizer(magvit_config(golden["config"], **more)), {}
-    net, video = build(), to_second(inputs["video"])
-    names = magvit_fill(net, golden)
+    (net, names), video = magvit_load(golden, magvit_config(c)), to_second(inputs["video"])
     modules = {theirs: ours for theirs, ours in magvit_modules(net, names).items() if theirs in golden["outputs"]}
     decoded = lambda net, ids: net.decoder(net.quantize.lookup(ids.flatten(1, 2)).view(len(ids), -1, *ids.shape[1:]))
     with recorded(net, modules.values()) as seen:
@@ -1188,8 +1184,7 @@ def magvit_tokenizer(golden, inputs):
         padded = build(padding=ours)
         padded.load_state_dict(net.state_dict())
         out |= {f"pad_{theirs}/z": to_last(padded.encoder(video)), f"pad_{theirs}/from_ids/recon": to_last(decoded(padded, inputs["ids"]))}
-    flat_net = build(time_kernel=1, frame_norm=True, temporal=len(c["temporal_downsample"]) * (False,))
-    magvit_fill(flat_net, golden, "2d/")
+    flat_net, _ = magvit_load(golden, magvit_config(c, time_kernel=1, frame_norm=True, temporal=len(c["temporal_downsample"]) * (False,)), "2d/")
     out |= {"2d/z": to_last(flat_net.encoder(video)), "2d/from_ids/recon": to_last(decoded(flat_net, inputs["ids2d"]))}
     for how in ("central", "average"):
         inflated = magvit.inflate(build(), flat_net, how)
@@ -1204,8 +1199,8 @@ def magvit_tokenizer(golden, inputs):
 @checks("magvit_losses")
 def magvit_losses(golden, inputs):
     c, out = golden["config"], {}
-    net = magvit.Discriminator((c["T"], c["S"], c["S"]), c["filters"], c["disc_mult"])
-    names, real, fake = magvit_fill(net, golden, "d3/"), to_second(inputs["real"]), to_second(inputs["fake"])
+    config = magvit.Config(frames=c["T"], image_size=c["S"], disc_width=c["filters"], disc_mult=c["disc_mult"])
+    (net, names), real, fake = magvit_load(golden, config, "d3/"), to_second(inputs["real"]), to_second(inputs["fake"])
     modules = {theirs: ours for theirs, ours in magvit_modules(net, names).items() if f"d3/{theirs}" in golden["outputs"]}
     modules |= {theirs: ours for theirs, ours in (("Conv_0", "conv_in"), ("Conv_1", "conv_out"), ("Dense_0", "dense1"), ("Dense_1", "dense2"))}
     with recorded(net, modules.values()) as seen:
@@ -1214,8 +1209,7 @@ def magvit_losses(golden, inputs):
     logits, r1 = magvit.r1_penalty(net, real)
     torch.testing.assert_close(logits, out["d3/logit_real"])
     out |= {"d3/logit_fake": net(fake), "d3/r1_x1e4": 1e5 * r1} | flax_grads(net, r1, "d3/grad_r1_x1e5/", golden, 1e6, names, "d3/")   # the weight 10 is in both
-    frames = magvit.Discriminator((1, c["S"], c["S"]), c["filters"], c["disc_mult"], time_kernel=1)
-    magvit_fill(frames, golden, "d2/")
+    frames, _ = magvit_load(golden, config.flat, "d2/")
     out["d2/logit_real_blur0"] = frames(real.transpose(1, 2).flatten(0, 1)[:, :, None]).view(*inputs["real"].shape[:2], 1)
     out |= dict.fromkeys(("pool/odd", "pool/odd_t"), to_last(magvit.MeanPool((2, 2, 2))(to_second(inputs["odd"]))))
     real, fake = inputs["logit_real"], inputs["logit_fake"]
@@ -1268,11 +1262,11 @@ def magvit_commit(golden, inputs):
 
 def magvit_bert(golden):
     c = golden["config"]
-    net = magvit.MagvitTransformer(magvit.Config(
+    net, names = magvit_load(golden, magvit.Config(
         frames=c["lt"], image_size=c["ls"], ch_mult=(1,), temporal=(), codebook_size=c["K"], num_classes=c["classes"], width=c["width"], heads=c["heads"],
-        layers=c["layers"], mlp_ratio=c["mlp"] // c["width"], label_smoothing=c.get("smoothing", 0.0))).eval()
+        layers=c["layers"], mlp_ratio=c["mlp"] // c["width"], label_smoothing=c.get("smoothing", 0.0)))
     assert net.config.rows == c["vocab"]
-    return net, magvit_fill(net, golden)
+    return net, names
 
 
 @checks("magvit_transformer")
@@ -1357,8 +1351,7 @@ def magvit_om2_video(golden, inputs):
     config = magvit.Config(causal=True, frames=c["T"], image_size=c["S"], ch=c["ch"], groups=32, ch_mult=c["mult"], temporal=[m != 1 for m in c["mult"][:-1]],
                            num_res_blocks=c["blocks"], num_res_blocks_decoder=c["blocks"], code_dim=c["z"])
     plain = lambda state: {name.replace(".conv_1.", "."): value for name, value in state.items()}
-    net = magvit.VideoTokenizer(config).eval()
-    net.load_state_dict(plain({name: value for name, value in params.items() if name.startswith(("encoder", "decoder"))}))
+    net = magvit.from_official({name: value for name, value in params.items() if name.startswith(("encoder", "decoder"))}, config)
     with torch.no_grad():
         names = [name for name, _ in net.named_modules() if name in golden["outputs"]]
         with recorded(net, names) as seen:

@@ -205,11 +205,11 @@ def test_samples_do_not_depend_on_what_a_task_does_not_know():
     videos, labels = clips(), torch.tensor([1, 2])
     for task in ("FP", "FI", "OPV", "IPD"):
         known = region(task, videos.shape[2:])
-        a, b = (sample(tokenizer, prior, task, labels, videos=x, steps=3, generator=torch.Generator().manual_seed(0))
+        a, b = (sample(tokenizer, prior, labels, task=task, videos=x, steps=3, generator=torch.Generator().manual_seed(0))
                 for x in (videos, torch.where(known, videos, torch.rand_like(videos))))
         assert torch.equal(a, b) and a.shape == videos.shape
     with pytest.raises(UserError, match="task FP is unknown"):
-        sample(tokenizer, build(dataclasses.replace(TINY, tasks="CG"))[1], "FP", labels, videos=videos)
+        sample(tokenizer, build(dataclasses.replace(TINY, tasks="CG"))[1], labels, task="FP", videos=videos)
 
 
 # --- losses
@@ -223,25 +223,20 @@ def test_lecam_is_zero_where_d_tells_nothing_apart():
 # --- data
 
 def test_motions_move_as_they_say():
-    """The centre of what is bright goes where the class says, or what is bright grows, shrinks, stays."""
+    """The centre of what is bright goes along one axis, or around, or stays while the area changes. Planted: x and y exchanged."""
     videos, labels = magvit.draw_motions(0, range(300), 8, 32)
-    again = magvit.draw_motions(0, [7, 200], 8, 32)[0]
-    assert np.array_equal(again, videos[[7, 200]])
+    assert np.array_equal(magvit.draw_motions(0, [7, 200], 8, 32)[0], videos[[7, 200]]) and np.bincount(labels).min() > 50
     light = (videos.astype(np.float32) - np.array((20, 20, 30))).clip(0).sum(-1)
     area, axis = light.sum((2, 3)), np.arange(32) - 15.5
-    x, y = (light.sum(2) * axis).sum(2) / area, (light.sum(3) * axis).sum(2) / area
-    moved = {"right": (x, 1), "left": (x, -1), "down": (y, 1), "up": (y, -1), "growing": (area / area.max(), 1), "shrinking": (area / area.max(), -1)}
+    centre = np.stack([(light.sum(2) * axis).sum(2) / area, (light.sum(3) * axis).sum(2) / area], -1)
+    x, y = np.ptp(centre, axis=1).T
     for label, name in enumerate(magvit.MOTIONS):
         k = labels == label
-        assert k.sum() > 10
-        if name in moved:
-            value, sign = moved[name]
-            assert (sign * (value[k, -1] - value[k, 0]) > 0).all(), name
-        elif name == "still":
-            assert (np.ptp(light[k], axis=1) == 0).all()
-        else:
-            turn = np.diff(np.unwrap(np.arctan2(y[k] - y[k].mean(1, keepdims=True), x[k] - x[k].mean(1, keepdims=True)), axis=1), axis=1).sum(1)
-            assert (turn * (1 if name == "clockwise" else -1) > 0).all(), name
+        step = np.linalg.norm(np.diff(centre[k], axis=1), axis=-1)
+        moves = {"left-right": (x[k] > 2) & (y[k] < 0.5), "up-down": (y[k] > 2) & (x[k] < 0.5), "turning": (x[k] > 1) & (y[k] > 1),
+                 "growing": (x[k] < 3.2) & (y[k] < 1.5) & (area[k].max(1) > 1.25 * area[k].min(1))}
+        assert moves[name].mean() > 0.98, name
+        assert name == "growing" or (np.median(step) > 1.2 and step.max() < 3)          # pixels a frame: evenly, never a jump
 
 
 def test_bouncing_digits_stay_whole():
@@ -312,34 +307,24 @@ def test_training_runs_and_keeps_large_codes(tmp_path, monkeypatch, capsys):
 # --- released configurations
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("magvit_*release.json.gz")), ids=lambda path: path.name.removesuffix("_release.json.gz"))
-def test_networks_have_the_released_names_and_shapes(path):
-    """Every name once; sizes by config. (The weights were never published; Open-MAGVIT2's were.)"""
+def test_networks_have_the_released_names_and_shapes(path, monkeypatch):
+    """The preset that fits is found, its counts are the recorded ones. (The weights were never published; Open-MAGVIT2's were.)"""
     release = json.load(gzip.open(path))
-    c, shapes = release["config"], release["params"]
-    with torch.device("meta"):
-        if "om2" in path.name:
-            net = VideoTokenizer(Config(causal=True, frames=17, image_size=c["resolution"], ch=c["ch"], groups=32, ch_mult=c["ch_mult"], code_dim=c["z_channels"],
-                                        temporal=[m != 1 for m in c["ch_mult"][:-1]], num_res_blocks=c["num_res_blocks"], num_res_blocks_decoder=c["num_res_blocks"]))
-            wanted = {name.replace(".conv_1.", "."): shape for name, shape in shapes.items() if not name.startswith("loss.")}
-            assert wanted == {name: list(p.shape) for name, p in net.named_parameters()}
-            assert sum(p.numel() for p in net.parameters()) == 370_547_349
-            return
-        if "disc" in path.name:
-            net = magvit.Discriminator((16, c["image_size"], c["image_size"]), c["filters"], c["channel_multipliers"])
-        elif "3dvq" in path.name:
-            net = VideoTokenizer(Config(frames=16, image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"], restart=0, codebook_ema=0.0,
-                                        temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
-                                        code_dim=c["embedding_dim"], codebook_size=c["codebook_size"]))
-        else:
-            (t, h, _), several = c["latent_shape"], c["length"] - math.prod(c["latent_shape"]) == 2
-            net = MagvitTransformer(Config(frames=t, image_size=h, ch_mult=(1,), temporal=(), codebook_size=1024, num_classes=c["vocab"] - 1025 - (16 if several else 1),
-                                           tasks="CG FP" if several else "FP", multi_task=several, width=c["hidden_size"], heads=c["num_heads"], layers=c["num_layers"],
-                                           mlp_ratio=c["mlp_dim"] // c["hidden_size"]))
-    names = magvit.flax_names(net)
-    assert sorted(names.values()) == sorted(shapes)
-    for name, p in net.named_parameters():
-        assert magvit.torch_layout(names[name], torch.empty(shapes[names[name]], device="meta")).shape == p.shape
-    assert sum(p.numel() for p in net.parameters()) == release["n_params"]
+    shapes = release["params"]
+    large = "l" if "_L" in path.name else "b"
+    preset = "open-magvit2" if "om2" in path.name else f"ucf101-{large}" if "ucf" in path.name else f"bair-{large}{'-8' * ('mt8' in path.name)}"
+    given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, assign: None)              # nothing to hold
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    net = magvit.from_official(given)
+    count = 370_547_349 if "om2" in path.name else release["n_params"]         # that list counts the discriminator too
+    assert sum(p.numel() for p in net.parameters()) == count
+    if hasattr(net, "config"):
+        assert net.config == magvit.PRESETS[preset] or not path.name.startswith("magvit_transformer")
+    wrong = dict(list(given.items())[1:]) | {"encoder.more": torch.empty(3, device="meta")}
+    with pytest.raises(UserError, match="the dict is no model of this paper: 2 names or shapes do not fit"):
+        magvit.from_official(wrong)
 
 
 def test_presets_and_defaults_make_sense():

@@ -35,6 +35,8 @@ def test_tokenizer_refuses_other_sizes(case):
 
 def test_logits_have_the_documented_shape(case):
     """Planted: colours and levels swapped in the final view (shape then differs for V != C)."""
+    if case.video:
+        pytest.skip(case.own_tests)
     tokenizer, prior = case.build()
     images, labels = case.images(3)
     tokens, labels = case.tokens(tokenizer, images), case.condition(labels)
@@ -72,8 +74,8 @@ def test_logits_ignore_masked_tokens(case):
 
     Planted: the mask compared with the wrong sign; the loss's mask not passed on; True = known.
     """
-    if not case.masked:
-        pytest.skip("causal")
+    if not case.masked or case.video:
+        pytest.skip(case.own_tests or "causal")
     tokenizer, prior = case.build()
     images, labels = case.images(1)
     tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)
@@ -94,8 +96,8 @@ def test_logits_ignore_masked_tokens(case):
 
 def test_labels_matter_and_no_class_is_no_term(case):
     """Planted: condition() drops the labels."""
-    if not case.config.num_classes:
-        pytest.skip("unconditional")
+    if not case.config.num_classes or case.video:
+        pytest.skip(case.own_tests or "unconditional")
     tokenizer, prior = case.build()
     tokens = case.tokens(tokenizer, case.images(1)[0])
     logits = [prior(tokens, torch.tensor([label])) for label in (0, 1, case.config.num_classes)]
@@ -109,7 +111,7 @@ def test_untrained_samples_are_finite_and_repeat_with_the_seed(case):
     labels = case.condition(torch.zeros(2, dtype=torch.long))
     draw = lambda seed: case.module.sample(tokenizer, prior, labels, generator=torch.Generator().manual_seed(seed))
     images = draw(0)
-    assert images.shape == (2, 3, case.config.image_size, case.config.image_size) and images.isfinite().all()
+    assert images.shape == case.images()[0].shape and images.isfinite().all()
     assert torch.equal(images, draw(0)) and not torch.equal(images, draw(1))
 
 
@@ -118,8 +120,8 @@ def test_sampler_sees_what_training_sees(case):
 
     Planted: the cache of a row not written; the vertical stack reads row i - 1 before it is complete.
     """
-    if case.continuous:
-        pytest.skip("no codes: tests/test_mar.py")
+    if case.own_tests:
+        pytest.skip(case.own_tests)
     tokenizer, prior = case.build()
     trace, labels = [], case.condition(torch.zeros(2, dtype=torch.long))
     case.module.sample(tokenizer.double(), prior.double(), labels, generator=torch.Generator().manual_seed(0), trace=trace)
@@ -136,8 +138,8 @@ def test_sampler_sees_what_training_sees(case):
 
 def test_low_temperature_draws_the_most_likely_token(case):
     """Planted: temperature multiplies the logits."""
-    if case.continuous:
-        pytest.skip("no codes: tests/test_mar.py")
+    if case.own_tests:
+        pytest.skip(case.own_tests)
     tokenizer, prior = case.build()
     trace = []
     labels = case.condition(torch.zeros(1, dtype=torch.long))
@@ -157,8 +159,8 @@ def test_low_temperature_draws_the_most_likely_token(case):
 @pytest.mark.parametrize("more", [0, 5])
 def test_sampling_keeps_known_tokens(case, more):
     """Half the image known, and some tokens of the next row. Planted: known tokens overwritten by the first draw."""
-    if case.continuous:
-        pytest.skip("no codes: tests/test_mar.py")
+    if case.own_tests:
+        pytest.skip(case.own_tests)
     tokenizer, prior = case.build()
     tokens = tokenizer.encode(case.images()[0]).flatten(1)
     trace, n = [], tokens.shape[1] // 2 + more
@@ -179,8 +181,8 @@ def test_sampling_keeps_known_tokens(case, more):
 
 def test_one_batch_is_learned_by_heart(case):
     """Planted: loss on shifted targets (cannot fall this far); a detached logit."""
-    if case.continuous:
-        pytest.skip("no codes: tests/test_mar.py")
+    if case.own_tests:
+        pytest.skip(case.own_tests)
     tokenizer, prior = case.build()
     images, labels = case.images(4)
     tokens, labels = tokenizer.encode(images).flatten(1), case.condition(labels)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class", "var-class", "mar-class"}        # for slow tests: one variant of each file
+ONE_OF_EACH = {"pixelcnn-gated", "vqgan_gpt-class", "vqvae2-two", "rqvae-class", "maskgit-class", "var-class", "mar-class", "magvit-class"}        # for slow tests: one variant of each file
 
 # of code that is a declared copy in all files (class Run, main): a file with one stage, and one with two
 COPIED = {"pixelcnn-gated", "maskgit-class"}
@@ -97,7 +97,7 @@ def test_killed_at_random_steps_and_resumed_ends_in_the_same_bits(case, tmp_path
     assert [row["step"] for row in rows if row["stage"] == "prior"] == list(range(stop_at))
 
 
-@pytest.mark.parametrize("stage, step", [("tokenizer", 7), ("tokenizer_discriminator", 5), ("condition", 6), ("prior", 9)])
+@pytest.mark.parametrize("stage, step", [("images", 2), ("tokenizer", 7), ("tokenizer_discriminator", 5), ("condition", 6), ("prior", 9)])
 def test_stopped_in_any_stage_and_resumed_ends_in_the_same_bits(case, tmp_path, stage, step):
     """Every variant: restarted codes, running means, Gumbel noise, both optimizers. Planted: noise from the global generator;
     the discriminator's optimizer left out of the checkpoint."""
@@ -218,7 +218,7 @@ def test_training_recipe(case, tmp_path, monkeypatch):
 
 def test_compile_compiles_what_training_calls(case, tmp_path, monkeypatch):
     """Planted: prior.compile(), which compiles forward, which training does not call."""
-    compiled = {"rqvae-class": ["loss"], "maskgit-class": ["loss"], "var-class": ["logits"], "mar-class": ["losses"]}      # var's loss takes numbers that change
+    compiled = {"rqvae-class": ["loss"], "maskgit-class": ["loss"], "var-class": ["logits"], "mar-class": ["losses"], "magvit-class": ["loss"]}      # var's loss takes numbers that change
     only(case, compiled)
     calls, module = [], case.module
     monkeypatch.setattr(torch, "compile", lambda function: lambda *a: calls.append(function.__name__) or function(*a))
@@ -232,7 +232,7 @@ def test_compile_leaves_the_moving_codebook_alone(case, tmp_path, monkeypatch):
     """The compiler may read a weight again in the backward pass that update has moved. And a compiled graph takes one backward pass:
     the last layer, whose gradient adaptive_weight takes alone, stays outside. Planted: tokenizer.compile(); decoder.compile()."""
     parts = ["Encoder", "Sequential", "Level", "Level"]
-    compiled = {"maskgit-class": ["Encoder", "Decoder"]} | dict.fromkeys(("vqgan_gpt-class", "rqvae-class", "var-class", "mar-class"), parts)
+    compiled = {"maskgit-class": ["Encoder", "Decoder"], "magvit-class": 2 * ["Encoder", "Decoder"]} | dict.fromkeys(("vqgan_gpt-class", "rqvae-class", "var-class", "mar-class"), parts)
     only(case, compiled)
     calls, module = [], case.module
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: calls.append(type(self).__name__))
@@ -245,7 +245,7 @@ def test_compile_leaves_the_moving_codebook_alone(case, tmp_path, monkeypatch):
 def test_two_processes_equal_one(case, tmp_path):
     """torchrun with two gloo processes, the same global batch: equal losses to 1e-5. Planted: gradients summed, not averaged;
     every process takes the whole batch's first half."""
-    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start", "var-start", "mar-start"})         # binary: its data step is random too; start: BatchNorm's statistics are
+    only(case, {"pixelcnn-binary", "vqgan_gpt-start", "maskgit-start", "var-start", "mar-start", "magvit-causal"})         # binary: its data step is random too; start: BatchNorm's statistics are
     # each process's own, as in the release, so the variant without a discriminator
     process = start(case, "--nproc-per-node", 2, "--master-port", 29517, case.module.__file__, "train", *case.flags(),
                     "--out", tmp_path / "two", code="from torch.distributed.run import main; main()")
@@ -263,9 +263,10 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
     m, run = case.module, tmp_path / "run"
     maps = getattr(case.config, "condition", "class") not in ("class", "text")
     m.main(["train", *case.flags(), "--out", str(run)])
-    verbs = [["reconstruct", str(run), str(run / "reconstructions.png")], ["evaluate", str(run)]]
-    verbs += [["paint", str(run), str(run / "reconstructions.png"), "--num", "1"]] if maps else [["sample", str(run), "--num", "3", "--out", str(tmp_path / "grid.png")],
-                                                               ["complete", str(run), "--num", "1"]]
+    kind, more = ("gif", "edit") if case.video else ("png", "complete")
+    verbs = [["reconstruct", str(run), str(run / f"reconstructions.{kind}")], ["evaluate", str(run)]]
+    verbs += [["paint", str(run), str(run / "reconstructions.png"), "--num", "1"]] if maps else [["sample", str(run), "--num", "3", "--out", str(tmp_path / f"grid.{kind}")],
+                                                               [more, str(run), "--num", "1"]]
     if case.config.num_classes and "interpolate" in m.VERBS:
         verbs += [["interpolate", str(run), "--labels", "0", "star", "--num", "1"]]
     for verb in verbs:
@@ -274,7 +275,8 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
         assert os.path.exists(last.split("   next: ")[0]) and "next: python " in last
     if not maps:
         samples = np.load(run / "samples.npz")["arr_0"]
-        assert samples.dtype == np.uint8 and samples.shape == (3, case.config.image_size, case.config.image_size, 3)
+        frames = (case.config.frames,) * case.video
+        assert samples.dtype == np.uint8 and samples.shape == (3, *frames, case.config.image_size, case.config.image_size, 3)
     assert (run / "curves.png").stat().st_size > 1000 and (run / "reconstructions.png").exists()
     report = json.loads((run / "report.json").read_text())
     said = ("diffusion_loss", "kl_nats_per_image") if case.continuous else ("nats_per_token", "codebook_use", "perplexity")
