@@ -10,13 +10,14 @@
 
 The idea. A 3D VQGAN turns a clip into a volume of codes, and a bidirectional transformer fills it in as MaskGIT fills
 in a picture. To predict, interpolate, inpaint and outpaint with one model, the known pixels must enter somehow, and
-they seldom fill whole codes. COMMIT: what is known is padded to a whole clip, and that clip's codes stand where MASK
-would stand. They are half right, so the model learns three things in one loss: to refine them, to tell what is masked,
-and to repeat what is given. In sampling all are drawn anew, the known ones too.
+they seldom fill whole codes. COMMIT: what is known is padded to a whole clip, and a hidden code inside the known region
+reads that clip's code, not MASK. It is half right, for it saw padding too; so the model learns three things in one
+loss: to refine such codes, to tell what is masked, and to repeat what is shown. In sampling all codes are drawn anew,
+the known ones too.
 
 MAGVIT-v2 makes the tokenizer causal in time, so that a picture is a clip of one frame, and has no table of codes: a
-code is the signs of 18 numbers (lookup-free quantization), one of 2^18. A transformer reads and tells them as 2 x 9
-bits.
+code is the signs of 18 numbers (lookup-free quantization), one of 2^18. A transformer reads and predicts each as two
+parts of 9 bits.
 
     videos (B,3,T,H,W) -> Encoder -> z (B,E,t,h,w) -> nearest of V codes, or signs -> tokens (B,N) -> Decoder -> videos
     training: tokens, some hidden (as the condition's codes or MASK) -> Transformer -> cross-entropy at ALL positions
@@ -31,6 +32,7 @@ Glossary
     tasks      CG class-conditional generation, FP frame prediction, CFP both, FI frame interpolation; OPC, OPV, OPH,
                OPD outpainting from the centre, columns, rows, moving columns; IPC, IPD inpainting of the centre, of a
                moving one
+    release    google-research/magvit, where two numbers: of B and L; v2: MAGVIT-v2; QUIRK: an oddity kept for exactness
 
 Run
     python magvit.py                                                the demo: moving shapes, minutes on two cores
@@ -38,16 +40,18 @@ Run
     python magvit.py sample RUN --labels turning growing            animated GIF, and a contact sheet
     python magvit.py edit RUN --task FP OPC                         test clips (or CLIP ...): predicts, outpaints, ...
     python magvit.py reconstruct CLIP.gif --official video.ckpt     Open-MAGVIT2's tokenizer
-    python magvit.py train --causal --frame-norm --frames 9 --code-dim 18 --token-bits 9 9 --inflation last --out RUN
+    python magvit.py train --causal --frame-norm --frames 9 --code-dim 18 --token-bits 9 9 \\
+        --entropy-weight 0.1 --out RUN
 
 Contents   Config and presets, Tokenizer, Tasks, Prior, Losses, Sampler, Training, Official weights, Helpers, Command
            line
 Not here   the perceptual loss (squared differences of ResNet-50's logits, weight 0.1; maskgit.py has such a network),
-           block masking, the prefix and segment variants, top-k, FVD (its network is no part of the release), captions.
-Departs    Presets after demo and moving_mnist: GAN in 2D and 3D from the first step, as released. The demo's codes are
-           running means with restarts and its learning rate falls from 2D to 3D: minutes in place of days. Class
-           dropout and guidance are ours (release: none). open-magvit2's transformer is the paper's idea with
-           MAGVIT-L's sizes: none was released. Frames are read from .gif, .npy or image files, not from films.
+           block masking, known frames as a prefix, a table that marks the condition's codes (both off in all
+           released configs), top-k, FVD (its network is no part of the release), captions.
+Departs    The demo and moving_mnist train without GAN and entropy term and with higher rates, for minutes; the paper's
+           presets as released, but that positions begin as waves and the transformer's weights are averaged too. On
+           CUDA bfloat16. Dropped labels and guidance are ours (release: none). open-magvit2's transformer is the
+           paper's idea with MAGVIT-L's sizes: none was released. Clips are .gif, .npy or folders of images, not films.
 """
 import argparse
 import contextlib
@@ -83,8 +87,8 @@ class Config:
     """All settings; each comment is also the flag's --help. The defaults are the demo."""
     data: str = "shapes"            # shapes, moving_mnist, or a folder with train/<class>/*, test/<class>/* (clips)
     data_dir: str = "data"          # where mnist is looked for, or downloaded to
-    train_images: int = 0           # use only this many training clips (0: all; of the endless shapes 3,000)
-    test_images: int = 0            # use only this many test clips (0: all; of the endless shapes 400)
+    train_images: int = 0           # use only this many training clips (0: all; of shapes 3,000, of digits 20,000)
+    test_images: int = 0            # use only this many test clips (0: all; of shapes 400, of digits 2,000)
     skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
     frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
@@ -94,22 +98,20 @@ class Config:
     frame_norm: bool = False        # statistics of the norms per frame: nothing of the future (v2's third party: off)
     time_kernel: int = 3            # frames a convolution sees (1: a 2D net)
     padding: str = "constant"       # around the frames: constant (zeros), reflect or replicate (paper: reflect)
-    ch: int = 16                    # width of the first level, a multiple of the groups (release: 64, 128)
-    groups: int = 8                 # groups of GroupNorm (release: 32)
-    ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
-    temporal: tuple = (True, False)  # which of these halvings halve time as well
+    ch: int = 8                     # width of the first level, a multiple of the groups (release: 64, 128)
+    groups: int = 4                 # groups of GroupNorm (release: 32)
+    ch_mult: tuple = (1, 2, 4, 8)   # widths of the levels in units of ch; each level but the last halves the side
+    temporal: tuple = (True, False, False)  # which of these halvings halve time as well
     num_res_blocks: int = 1         # residual blocks per level of the encoder, and after the last (release: 2)
     num_res_blocks_decoder: int = 1  # of the decoder, and before the first (release: as many)
     code_dim: int = 8               # E, width of a code; causal: bits, V = 2^E
-    codebook_size: int = 256        # V, codes (causal: ignored)
-    beta: float = 0.05              # weight of the commitment term (release: 0.25)
+    codebook_size: int = 128        # V, codes (causal: ignored)
+    beta: float = 0.25              # weight of the commitment term
     entropy_weight: float = 0.0     # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
-    codebook_ema: float = 0.98      # decay of the running means that the codes are (release: 0, by gradient)
-    restart: int = 50               # a code unused for so many steps moves to a random latent of the batch (0: never)
-    inflation: str = "central"      # slice of a 3D kernel that a 2D one becomes: central, average (all), last (causal)
-    entropy_boost: float = 0.0      # the entropy term begins with 1 + this times its weight (v2, as its author says: 3)
-    entropy_boost_steps: int = 2000  # steps in which that goes
+    inflation: str = "central"      # slice of a 3D kernel that a 2D one becomes, or average: all (causal: last)
+    entropy_boost: float = 0.0      # entropy_weight is 1 + this times as large at first (paper's v2: 3)
+    entropy_boost_steps: int = 2000  # steps in which that factor falls to 1
     gan: str = "non-saturating"     # losses of generator and discriminator: non-saturating or hinge
     disc_weight: float = 0.0        # weight of the GAN's term (0: no GAN; release: 0.1)
     disc_start: int = 0             # first step of the GAN; before it the discriminator does not learn (release: 0)
@@ -118,7 +120,7 @@ class Config:
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real clips
     lecam_weight: float = 0.0       # weight of LeCam's term (paper: 0.001; released configs: 0)
     # transformer
-    tasks: str = "CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # one a step; named twice: twice as often
+    tasks: str = "CG CG CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # one a step; named twice: twice as often
     known_frames: int = 1           # frames that FP and CFP know at the start, FI at both ends (Kinetics-600: 5)
     multi_task: bool = True         # several tasks: a task token before the class (off: one task, no token)
     token_bits: tuple = ()          # a code's bits in parts, each with a table of its own (v2: 9 9; empty: one table)
@@ -132,12 +134,12 @@ class Config:
     schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
     # training
     seed: int = 0                   # a step is a function of (seed, step)
-    batch_size_images: int = 16     # frames per step of the 2D tokenizer, over all processes
-    batch_size: int = 2             # clips per step of the tokenizer, over all processes
-    batch_size_prior: int = 8       # clips per step of the transformer, over all processes
+    batch_size_images: int = 32     # frames per step of the 2D tokenizer, over all processes
+    batch_size: int = 4             # clips per step of the tokenizer, over all processes
+    batch_size_prior: int = 16      # clips per step of the transformer, over all processes
     train_steps_images: int = 800   # steps of a 2D tokenizer of single frames, before it is inflated to 3D (0: none)
-    train_steps_tokenizer: int = 480  # steps of the tokenizer
-    train_steps_prior: int = 1400   # steps of the transformer
+    train_steps_tokenizer: int = 550  # steps of the tokenizer
+    train_steps_prior: int = 1500   # steps of the transformer
     lr_images: float = 2e-3         # learning rate of the 2D tokenizer (release: 1e-4)
     lr_tokenizer: float = 1e-3      # learning rate of the tokenizer; of discriminators the same (release: 1e-4)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 1e-4)
@@ -158,9 +160,9 @@ class Config:
         self.codebook_size = 2 ** self.code_dim if self.causal else self.codebook_size
 
     @property
-    def flat(self):
-        """The 2D tokenizer of single frames that is inflated to this one."""
-        return dataclasses.replace(self, frames=1, time_kernel=1, temporal=(False,) * len(self.temporal),
+    def of_images(self):
+        """The 2D tokenizer of single frames that is inflated to this one. Task: one without a second frame."""
+        return dataclasses.replace(self, frames=1, time_kernel=1, tasks="CG", temporal=(False,) * len(self.temporal),
                                    lr_tokenizer=self.lr_images, batch_size=self.batch_size_images,
                                    train_steps_tokenizer=self.train_steps_images)
 
@@ -187,7 +189,14 @@ class Config:
     @property
     def latent_shape(self):
         """t, h, w of the code volume."""
-        return ((self.frames - self.causal) // self.f_time + self.causal, *2 * (self.image_size // self.f,))
+        side = self.image_size // self.f
+        return (self.frames - self.causal) // self.f_time + self.causal, side, side
+
+    @property
+    def known_code_frames(self):
+        """Frames of codes that known_frames fill, at least 1: at the start, at the end."""
+        return (max(1, (self.known_frames - self.causal) // self.f_time + self.causal),
+                max(1, self.known_frames // self.f_time))
 
     @property
     def group_sizes(self):
@@ -202,8 +211,8 @@ class Config:
 
 RELEASE = dict(image_size=128, frames=16, ch=64, groups=32, ch_mult=(1, 2, 2, 4), temporal=(True, True, False),
                num_res_blocks=2, num_res_blocks_decoder=2, code_dim=256, codebook_size=1024, beta=0.25,
-               entropy_weight=0.1, codebook_ema=0.0, restart=0, disc_weight=0.1, disc_width=64,
-               disc_mult=(2, 4, 4, 4, 4), width=768, heads=12, layers=12, dropout=0.1, label_dropout=0.0,
+               entropy_weight=0.1, disc_weight=0.1, disc_width=64, disc_mult=(2, 4, 4, 4, 4), width=768, heads=12,
+               layers=12, dropout=0.1, label_dropout=0.0,
                batch_size=128, batch_size_images=512, batch_size_prior=256, lr_images=1e-4, lr_tokenizer=1e-4,
                lr_prior=1e-4, warmup=5000, ema=0.999, save_every=5000)
 UCF101 = RELEASE | dict(data="ucf101", num_classes=101, tasks="CG", multi_task=False, train_steps_images=74_000,
@@ -215,14 +224,19 @@ LARGE = dict(ch=128, disc_width=128, batch_size=256, width=1024, heads=16, layer
 EIGHT = dict(tasks="FP FI OPH OPV OPC OPD IPC IPD", multi_task=True, train_steps_prior=202_800)
 PRESETS = {
     "demo": Config(),
-    "moving_mnist": Config(data="moving_mnist", num_classes=10),
-    "ucf101-b": Config(**UCF101), "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000)),
-    "bair-b": Config(**BAIR), "bair-l": Config(**BAIR | LARGE | dict(train_steps_prior=135_200)),
-    "bair-b-8": Config(**BAIR | EIGHT), "bair-l-8": Config(**BAIR | LARGE | EIGHT | dict(train_steps_prior=270_400)),
+    "moving_mnist": Config(data="moving_mnist", num_classes=10, known_frames=2, ch_mult=(1, 2, 4),
+                           temporal=(True, False), codebook_size=64, train_steps_images=1500, train_steps_prior=4000,
+                           train_steps_tokenizer=1500, batch_size_prior=8, guidance=1.5),
+    "ucf101-b": Config(**UCF101),
+    "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000, warmup_tokenizer=37)),
+    "bair-b": Config(**BAIR),
+    "bair-l": Config(**BAIR | LARGE | dict(warmup_tokenizer=169, train_steps_prior=135_200)),
+    "bair-b-8": Config(**BAIR | EIGHT),
+    "bair-l-8": Config(**BAIR | LARGE | EIGHT | dict(warmup_tokenizer=169, train_steps_prior=270_400)),
     # MAGVIT-v2's: tokenizer as Open-MAGVIT2's, its transformer as the paper says (two tables of 2^9, MAGVIT-L's size)
     "open-magvit2": Config(**UCF101 | LARGE | dict(
         frames=17, causal=True, temporal=(False, True, True), num_res_blocks=4, num_res_blocks_decoder=4, code_dim=18,
-        token_bits=(9, 9), inflation="last", entropy_boost=3.0, lecam_weight=0.001)),
+        token_bits=(9, 9), entropy_boost=3.0, lecam_weight=0.001)),
 }
 
 
@@ -230,13 +244,13 @@ PRESETS = {
 class Conv(nn.Conv3d):
     """3D convolution of odd kernel that pads itself.  (B, C_in, T, H, W) -> (B, C_out, T', H', W'), T' = ceil(T / s).
 
-    causal: in time all padding comes before, k - 1 frames of zeros, so that output t sees frames up to s t.
+    causal: in time all padding comes before, k - 1 frames, so that output t sees frames up to s t.
     """
     def __init__(self, in_channels, out_channels, config, kernel=3, stride=1, bias=True):
-        time = min(kernel, config.time_kernel)
-        super().__init__(in_channels, out_channels, (time, kernel, kernel), stride, bias=bias)
-        before = time - 1 if config.causal else time // 2
-        self.around, self.mode = 4 * (kernel // 2,) + (before, time - 1 - before), config.padding
+        kt = min(kernel, config.time_kernel)
+        super().__init__(in_channels, out_channels, (kt, kernel, kernel), stride, bias=bias)
+        before = kt - 1 if config.causal else kt // 2
+        self.around, self.mode = 4 * (kernel // 2,) + (before, kt - 1 - before), config.padding     # of W, H, T
 
     def forward(self, x):
         return super().forward(F.pad(x, self.around, self.mode) if any(self.around) else x)
@@ -346,7 +360,7 @@ class AdaptiveNorm(nn.Module):
     """Norm of x, scaled and shifted by the deviations and means of the code map q (B, E, t, h, w); per frame: each
     frame by the codes it was made of.  x (B, C, T, H, W) -> as x.
 
-    QUIRK: the deviation is the unbiased one, so that a map needs two places.   Source: as the causal Encoder.
+    QUIRK: the deviation is the unbiased one, so that a map needs two codes.   Source: as the causal Encoder.
     """
     def __init__(self, width, config):
         super().__init__()
@@ -495,7 +509,8 @@ class LookupFree(nn.Module):
     beta mean (z - sg(q))^2 + weight (mean entropy of each position's p - entropy of their mean); p(code | z) =
     softmax(-|z - code|^2 / temperature) over all 2^E codes. That softmax is a product over the channels, each bit
     being +1 with probability sigmoid(4 z / temperature), so that its entropy is a sum, and the mean over positions of
-    all 2^E probabilities a product of two matrices, of the codes' lower and upper halves: nothing is approximated.
+    all 2^E probabilities a product of two matrices, of the codes' lower and upper halves. Exact, but for a QUIRK: the
+    1e-5 in the logarithm, as in the table's entropy_loss, is more than 1 / V from 17 bits on.
     Source: Open_MAGVIT2/modules/vqvae/lookup_free_quantize.py (third party; paper section 3).
     """
     def __init__(self, dim, beta=0.25, entropy_weight=0.1, temperature=0.01):
@@ -507,10 +522,10 @@ class LookupFree(nn.Module):
         bits = 2 ** torch.arange(self.dim, device=z.device)
         return ((z > 0).movedim(1, -1) * bits).sum(-1)
 
-    def lookup(self, indices):
-        """indices (B, ...) -> codes (B, E, ...) of -1 and 1."""
-        return ((indices[:, None] >> torch.arange(self.dim, device=indices.device).view(-1, *(indices.ndim - 1) * [1]))
-                % 2 * 2 - 1).float()
+    def lookup(self, indices, dim=0):
+        """indices (B, ...) -> codes (B, E, ...) of -1 and 1; dim: of so many bits in place of E."""
+        places = torch.arange(dim or self.dim, device=indices.device).view(-1, *(indices.ndim - 1) * [1])
+        return ((indices[:, None] >> places) % 2 * 2 - 1).float()
 
     def entropies(self, z):
         """z (n, E) -> mean entropy of a position's p, entropy of the mean p (nats)."""
@@ -518,15 +533,15 @@ class LookupFree(nn.Module):
         each = (F.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
         halves = []
         for part in logits.split([self.dim // 2, self.dim - self.dim // 2], 1):
-            signs = LookupFree(part.shape[1]).lookup(torch.arange(2 ** part.shape[1], device=z.device))
-            halves.append(F.logsigmoid(part[:, None] * signs).sum(2).exp())     # (n, 2^(E/2))
+            plus = self.lookup(torch.arange(2 ** part.shape[1], device=z.device), part.shape[1]).T.clamp(min=0)
+            halves.append((F.logsigmoid(part) @ plus + F.logsigmoid(-part) @ (1 - plus)).exp())     # (n, 2^(E/2))
         p = halves[1].T @ halves[0] / len(z)
         everywhere = p.detach().clone()
         average(everywhere)                                                     # in place, over all processes
         p = p + (everywhere - p.detach())
         return each, -(p * (p + 1e-5).log()).sum()
 
-    def forward(self, z, generator=None):
+    def forward(self, z):
         """z (B, E, ...) -> q of that shape, indices (B, ...), {commitment, entropy}, weighted. Straight-through."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -546,11 +561,10 @@ class VideoTokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        self.config, self.codebook_size = (c := config), config.codebook_size
+        self.config, self.codebook_size, c = config, config.codebook_size, config
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quantize = (LookupFree(c.code_dim, c.beta, c.entropy_weight, c.entropy_temperature) if c.causal else
-                         VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.entropy_weight, c.entropy_temperature,
-                                         c.codebook_ema, c.restart))
+                         VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.entropy_weight, c.entropy_temperature))
         for module in self.modules():                                           # Flax's initial weights, lecun_normal
             if isinstance(module, nn.Conv3d):
                 std = module.weight[0].numel() ** -0.5 / 0.8796                 # 0.8796: what cutting at 2 std leaves
@@ -560,16 +574,16 @@ class VideoTokenizer(nn.Module):
 
     def latents(self, videos):
         """videos (B, 3, T, H, W) -> z (B, E, t, h, w), before the quantizer. ValueError: not of this form."""
-        f, time = self.config.f, self.config.f_time
+        f, f_time = self.config.f, self.config.f_time
         if (videos.ndim != 5 or videos.shape[1] != 3 or any(side % f or not side for side in videos.shape[3:])
-                or (videos.shape[2] - self.config.causal) % time or not videos.shape[2]):
+                or (videos.shape[2] - self.config.causal) % f_time or not videos.shape[2]):
             raise ValueError(f"videos must be (B, 3, T, H, W), H and W multiples of {f}, T "
-                             f"{'one more than ' * self.config.causal}a multiple of {time}, not {tuple(videos.shape)}")
+                             f"{'one more than ' * self.config.causal}a multiple of {f_time}: {tuple(videos.shape)}")
         return self.encoder(videos if self.config.causal else (videos + 1) / 2)
 
-    def quantized(self, z, generator=None):
+    def quantized(self, z):
         """z -> q, indices (B, t, h, w), losses. The 2D quantizer sees frames below each other."""
-        q, indices, losses = self.quantize(z.flatten(2, 3), generator)
+        q, indices, losses = self.quantize(z.flatten(2, 3))
         return q.view_as(z), indices.view(len(z), *z.shape[2:]), losses
 
     def encode(self, videos):
@@ -585,9 +599,9 @@ class VideoTokenizer(nn.Module):
         q = self.quantize.lookup(indices.flatten(1, 2))
         return self.decode_latents(q.view(*q.shape[:2], *indices.shape[1:]))
 
-    def forward(self, videos, generator=None):
+    def forward(self, videos):
         """videos -> reconstruction, {commitment, codebook (not causal), entropy, perplexity of this batch's codes}."""
-        q, indices, losses = self.quantized(self.latents(videos), generator)
+        q, indices, losses = self.quantized(self.latents(videos))
         return self.decode_latents(q), losses | {"perplexity": use(indices, self)[1]}
 
 
@@ -599,16 +613,16 @@ def use(indices, tokenizer):
 
 
 @torch.no_grad()
-def inflate(net, flat, how="central"):
+def inflate(net, net_2d, how="central"):
     """Fill a 3D net with the parameters of one with time_kernel 1, by name: a 2D kernel becomes the central slice, or
     (average) every slice, divided; or (last) the last one, which in a causal net sees the present.
 
     Where channels were doubled (time's depth-to-space) the kernel goes to both halves. Other shapes stay as they are.
     Source: videogvt's 2d->3d; last: SEED-Voken video_lfqgan.inflate_from_image.
     """
-    state, flat = net.state_dict(), flat.state_dict()
+    state, state_2d = net.state_dict(), net_2d.state_dict()
     for name, value in state.items():
-        old = flat[name]
+        old = state_2d[name]
         old = old.repeat(len(value) // len(old), *(old.ndim - 1) * [1]) if old.ndim and len(value) > len(old) else old
         if value.shape == old.shape:
             value.copy_(old)
@@ -631,30 +645,32 @@ TASKS = {   # paper's name: what is known (see region), what fills the rest of t
     "CG": ("nothing", None, -3), "FP": ("start", "edge", -4), "CFP": ("start", "edge", -4),
     "FI": ("ends", "linear", -5), "OPC": ("centre", "edge", -6), "OPV": ("columns", "edge", -6),
     "OPH": ("rows", "edge", -6), "OPD": ("moving", "black", -6),
-    "IPC": ("not centre", "black", -6), "IPD": ("not moving centre", "black", -6)}      # QUIRK: not their own, -7
+    "IPC": ("not centre", "black", -6), "IPD": ("not moving centre", "black", -6)}     # QUIRK: its own, -7, is not used
 MASK = -1                                                                       # the last row of the table
 
 
-def region(task, shape, frames=1):
-    """What a task knows of a volume (T, H, W), of pixels or of codes -> (T, H, W) bool. frames: of FP, CFP, FI.
+def region(task, shape, frames=1, last=None):
+    """What a task knows of a volume (T, H, W), of pixels or of codes -> (T, H, W) bool. frames: of FP, CFP, FI;
+    last: of FI at the end (default: as many).
 
-    UserError: as many frames known as there are.   Source: train_lib/cond_utils.py; paper table 1, appendix.
+    Source: train_lib/cond_utils.py; paper table 1, appendix.
     """
     T, H, W = shape
     t, y, x = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
-    if frames * {"start": 1, "ends": 2}.get(TASKS[task][0], 0) >= T:
-        raise UserError(f"{task} with {frames} known frames needs more than the {T} that there are")
     start = torch.from_numpy(np.round(np.linspace(0, W / 2, T))).long()[:, None, None]      # half to even
     rows, columns = (y >= H // 4) & (y < 3 * H // 4), (x >= W // 4) & (x < 3 * W // 4)
     moving = (x >= start) & (x < start + W // 2)
-    return {"nothing": t < 0, "start": t < frames, "ends": (t < frames) | (t >= T - frames), "centre": rows & columns,
-            "columns": columns, "rows": rows, "moving": moving, "not centre": ~(rows & columns),
-            "not moving centre": ~(rows & moving)}[TASKS[task][0]]
+    ends = (t < frames) | (t >= T - (last or frames))
+    return {"nothing": t < 0, "start": t < frames, "ends": ends, "centre": rows & columns, "columns": columns,
+            "rows": rows, "moving": moving, "not centre": ~(rows & columns), "not moving centre": ~(rows & moving),
+            }[TASKS[task][0]]
 
 
 def condition_video(task, videos, frames=1, black=-1.0):
-    """videos (B, 3, T, H, W) -> the same where the task knows them; else their edge, repeated, or frames between the
-    first and the last known, or black. What a task does not know is not read.   Source: as region."""
+    """videos (B, 3, T, H, W) -> the same where the task knows them; else their edge, repeated, or a line from the last
+    known frame before the gap to the first after it, or black. Reads nothing that the task does not know. Source: as
+    region.
+    """
     T, H, W = videos.shape[2:]
     known, fill = region(task, (T, H, W), frames).to(videos.device), TASKS[task][1]
     if fill == "black":
@@ -671,10 +687,9 @@ def condition_video(task, videos, frames=1, black=-1.0):
 
 
 def known_codes(task, number, config, device):
-    """region of the code volume for so many clips -> (number, N) bool. Of its frames those are known that are codes of
-    known frames alone, at least 1."""
-    frames = max(1, (config.known_frames - config.causal) // config.f_time + config.causal)
-    return region(task, config.latent_shape, frames).to(device).expand(number, -1, -1, -1).flatten(1)
+    """region of the code volume for so many clips -> (number, N) bool: the same rule on the codes' grid, where a known
+    code may see pixels that are not."""
+    return region(task, config.latent_shape, *config.known_code_frames).to(device).expand(number, -1, -1, -1).flatten(1)
 
 
 def class_of(task, labels, config):
@@ -699,12 +714,12 @@ def lowest(scores, number):
     return scores <= scores.sort(1).values.gather(1, (number - 1)[:, None])
 
 
-def hide(tokens, condition, known, scores, ratio, mode="commit", least=1, most=None):
+def hide(tokens, condition, known, scores, ratio, mode="commit", most=None):
     """COMMIT: hide some tokens -> inputs, targets (B, N), maskable and hidden (B, N) bool.
 
     tokens (B, N): codes; condition (B, N): codes of the condition video; known (B, N) bool: where that says something;
-    scores (B, N): the lowest are hidden, floor(ratio N) of them, at least `least` and at most `most` (both (B,) or
-    int); ratio (B,) or scalar. Where a hidden token is known it reads the condition's code (to be refined), else MASK.
+    scores (B, N): the lowest are hidden, floor(ratio N) of them, at least 1 and at most `most` (B,); ratio
+    (B,) or scalar. Where a hidden token is known it reads the condition's code (to be refined), else MASK.
     mode "commit" (release: cond->input): all may be hidden. Others keep known ones: "keep" (input->input) shows their
     own codes, "paste" (cond->cond) the condition's, which are then the targets too; "ignore" (None): no condition.
     Source: train_lib/mask_utils.py random_mask; paper eq. 3, 4.
@@ -712,8 +727,7 @@ def hide(tokens, condition, known, scores, ratio, mode="commit", least=1, most=N
     maskable = torch.ones_like(known) if mode in ("commit", "ignore") else ~known
     count = maskable.sum(1)
     number = (count * torch.as_tensor(ratio, dtype=torch.float32, device=tokens.device)).floor().long()
-    number = number.clamp(min=torch.as_tensor(least, device=tokens.device))
-    number = number.minimum(torch.as_tensor(count if most is None else most, device=tokens.device))
+    number = number.clamp(min=1).minimum(count if most is None else most)
     hidden = lowest(scores.masked_fill(~maskable, math.inf), number) & maskable
     targets = torch.where(known, condition, tokens) if mode == "paste" else tokens
     blank = torch.where(known, condition, MASK) if mode == "commit" else torch.full_like(tokens, MASK)
@@ -785,11 +799,12 @@ def join(parts, bits):
 
 
 class MagvitTransformer(nn.Module):
-    """p(every code | prefix, the codes that are not hidden).   Source: videogvt/models/simplified_bert.py.
+    """p(every code | prefix, codes shown, the condition's codes).   Source: videogvt/models/simplified_bert.py.
 
     One table embeds codes, then classes and "no class", then 1 special row, or with several tasks 16 (MASK: the last);
     its rows of codes are the output's weights too. With Config.token_bits a code is several parts, each with rows and a
     softmax of its own; their vectors are added (MAGVIT-v2's token factorisation: 2^18 codes with 2 x 2^9 rows).
+    Positions are learned; they begin as waves of time, row and column (release: as noise), for a quicker start.
     """
     def __init__(self, config):
         super().__init__()
@@ -807,6 +822,11 @@ class MagvitTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, 0, 0.02, -0.04, 0.04)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        places = torch.stack(torch.meshgrid(*map(torch.arange, c.latent_shape), indexing="ij"), -1).view(-1, 3, 1)
+        angle = places * math.pi * 5 ** torch.linspace(0, -2, c.width // 6)     # (N, 3, M / 6): waves of t, y and x
+        with torch.no_grad():
+            self.position_embeddings.weight[self.prefix:, :6 * (c.width // 6)] = 0.1 * torch.cat(
+                [angle.sin(), angle.cos()], 2).flatten(1)
 
     def embed(self, prefix, tokens):
         """prefix (B, P) rows, tokens (B, N) codes, negative: rows from the table's end -> (B, P + N, M), normalised."""
@@ -841,9 +861,9 @@ class MagvitTransformer(nn.Module):
 
         refine: hidden where the condition is known; mask: hidden elsewhere; recons: not hidden. See hide.
         """
-        inputs, targets, weights, hidden = hide(tokens, condition, known, scores, ratio)
+        inputs, targets, _, hidden = hide(tokens, condition, known, scores, ratio)
         logits = self(prefix, inputs)
-        loss = weighted_mean(self.nats(logits, targets, self.config.label_smoothing), weights)
+        loss = self.nats(logits, targets, self.config.label_smoothing).mean()
         nats = self.nats([part.detach() for part in logits], targets)
         right = join(torch.stack([part.argmax(-1) for part in logits], -1), self.config.token_bits) == targets
         return loss, {"refine": weighted_mean(nats, hidden & known), "mask": weighted_mean(nats, hidden & ~known),
@@ -923,8 +943,22 @@ def adversarial_loss(gan, fake):
     return -fake.mean() if gan == "hinge" else F.softplus(-fake).mean()
 
 
+def generator_loss(config, real, fake, quantizer_loss, discriminator=None):
+    """mean (real - fake)^2 + quantizer_loss + weighted GAN term (discriminator None: without it) -> loss, metrics.
+
+    real, fake: videos (B, 3, T, H, W) in [0, 1]. The weight is fixed, unlike VQGAN's adaptive one.
+    """
+    metrics = {"mse": F.mse_loss(fake, real)}
+    loss = metrics["mse"] + quantizer_loss
+    if discriminator:
+        metrics["g_loss"] = adversarial_loss(config.gan, discriminator(fake))
+        loss = loss + config.disc_weight * metrics["g_loss"]
+    return loss, metrics
+
+
 def lecam(real, fake, ema_real, ema_fake):
-    """How far the mean logit of real videos is above the running mean of made ones, and the other way round, squared.
+    """How far the mean logit of real videos is above the running mean of made ones, squared, plus how far the running
+    mean of real ones is above the mean logit of made ones, squared.
 
     Holds D back where it tells both apart too well.   Source: train_lib/losses.py; Tseng et al. 2021.
     """
@@ -961,8 +995,8 @@ def decode_tokens(prior, prefix, condition=None, known=None, *, steps=12, method
     noise = noise or (lambda step, what, like: gumbel(like, generator))
     known = torch.zeros(B, N, dtype=torch.bool, device=prefix.device) if known is None else known
     condition = torch.zeros(B, N, dtype=torch.long, device=prefix.device) if condition is None else condition
-    blank = condition if mode == "paste" else torch.zeros_like(condition)       # all of it is hidden at first
-    inputs, _, maskable, hidden = hide(blank, condition, known, torch.zeros(B, N, device=prefix.device), 1.0, mode)
+    nothing = torch.zeros(B, N, device=prefix.device)                           # scores: all that may be is hidden
+    inputs, _, maskable, hidden = hide(condition, condition, known, nothing, 1.0, mode)
     tokens, total = inputs, maskable.sum(1)
     for step in range(steps):
         logits = prior(prefix, inputs)
@@ -1000,6 +1034,8 @@ def sample(tokenizer, prior, labels, *, task="CG", videos=None, mode="commit", *
         raise UserError(f"guidance {guidance}: this model never saw dropped labels: use 1, or train with some")
     known, condition = known_codes(task, B, c, labels.device), None
     if task != "CG":
+        if videos is None:
+            raise UserError(f"task {task} needs videos to complete")
         condition = tokenizer.encode(condition_video(task, videos, c.known_frames)).flatten(1)
     prefix = prefix_of(B * [task], class_of(task, labels, c), c)
     null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], torch.full_like(labels, c.num_classes), c)
@@ -1023,39 +1059,24 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def generator_loss(config, real, fake, quantizer_loss, discriminator=None):
-    """mean (real - fake)^2 + quantizer_loss + weighted GAN term (discriminator None: without it) -> loss, metrics.
-
-    real, fake: videos (B, 3, T, H, W) in [0, 1]. The weight is fixed.
-    """
-    metrics = {"mse": F.mse_loss(fake, real)}
-    loss = metrics["mse"] + quantizer_loss
-    if discriminator:
-        metrics["g_loss"] = adversarial_loss(config.gan, discriminator(fake))
-        loss = loss + config.disc_weight * metrics["g_loss"]
-    return loss, metrics
-
-
 def train_tokenizer(config, data, run):
     """On single frames in 2D first, then, inflated, on clips. Returns the averaged tokenizer."""
-    for task in config.tasks.split():
-        region(task, (config.frames, 4, 4), config.known_frames)                # raises where a clip is too short
-        known_codes(task, 1, config, "cpu")
-    flat = train_autoencoder(config.flat, data, run, "images") if config.train_steps_images else ()
-    return train_autoencoder(config, data, run, "tokenizer", flat)[0]
+    trained_2d = train_autoencoder(config.of_images, data, run, "images") if config.train_steps_images else None
+    return train_autoencoder(config, data, run, "tokenizer", trained_2d)[0]
 
 
-def train_autoencoder(config, data, run, stage, flat=()):
+def train_autoencoder(config, data, run, stage, trained_2d=None):
     """Autoencoder and discriminator, both in every step and from the same clips (stage images: a frame of each).
 
-    flat: what this returned for single frames. Returns averaged autoencoder, discriminator (None: no GAN).
+    trained_2d: what this returned for single frames. Returns averaged autoencoder, discriminator (None: no GAN).
     """
     torch.manual_seed(config.seed)
     tokenizer, ema = (build_tokenizer(config).to(run.device) for _ in range(2))
     discriminator = build_discriminator(config).to(run.device) if config.disc_weight else None
-    for net, old in zip((tokenizer, discriminator), flat):
-        if old:
-            inflate(net, old, config.inflation)
+    if trained_2d:
+        inflate(tokenizer, trained_2d[0], "last" if config.causal else config.inflation)
+        if discriminator:
+            inflate(discriminator, trained_2d[1], config.inflation)
     ema.load_state_dict(tokenizer.state_dict())
     if config.compile:
         tokenizer.encoder.compile()                                             # not the codebook, which update changes
@@ -1078,11 +1099,11 @@ def train_autoencoder(config, data, run, stage, flat=()):
         [videos] = shard(videos, device=run.device)
         adversary = discriminator if step >= config.disc_start else None
         with autocast(run.device):
-            again, found = tokenizer(videos, generator)
-        real, fake = (videos + 1) / 2, (again.float() + 1) / 2
+            fake, losses = tokenizer(videos)
+        real, fake = (videos + 1) / 2, (fake.float() + 1) / 2
         # 1. the autoencoder
-        more = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
-        quantizer_loss = found["commitment"] + found.get("codebook", 0) + more * found["entropy"]
+        boost = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
+        quantizer_loss = losses["commitment"] + losses.get("codebook", 0) + boost * losses["entropy"]
         loss, metrics = generator_loss(config, real, fake, quantizer_loss, adversary)
         backward(loss, optimizer)
         # 2. the discriminator, before either has changed
@@ -1092,9 +1113,10 @@ def train_autoencoder(config, data, run, stage, flat=()):
             d_loss = discriminator_loss(config.gan, logits, made)
             held = lecam(logits, made, *discriminator.means)
             backward(d_loss + config.r1_weight * r1 + config.lecam_weight * held, opposing)
-            discriminator.means.lerp_(torch.stack([logits.mean(), made.mean()]).detach(), 0.001)   # after the loss
+            average(means := torch.stack([logits.mean(), made.mean()]).detach())            # of all processes
+            discriminator.means.lerp_(means, 0.001)                                         # after the loss
             metrics |= {"d_loss": d_loss, "r1": r1, "lecam": held}
-        run.log(stage, step, loss=loss, **found, **metrics)               # raises on NaN before a weight changes
+        run.log(stage, step, loss=loss, **losses, **metrics)               # raises on NaN before a weight changes
         for each in (optimizer, opposing) if adversary else (optimizer,):
             set_lr(each, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
             each.step()
@@ -1136,10 +1158,10 @@ def train_prior(config, data, run, tokenizer):
         dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
         labels = class_of(task, labels, config).masked_fill(dropped, config.num_classes)
         tokens, labels, scores, index = shard(all_tokens[index].flatten(1), labels, scores, index, device=run.device)
-        known, condition = known_codes(task, len(tokens), config, run.device), tokens
+        known, condition = known_codes(task, len(tokens), config, run.device), tokens       # CG: known nowhere
         if task != "CG":
             seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1, config.known_frames)
-            with torch.no_grad(), autocast(run.device):
+            with torch.no_grad():                                               # float32, as the clips' own codes
                 condition = tokenizer.encode(seen).flatten(1)
         with autocast(run.device):
             prefix = prefix_of(len(tokens) * [task], labels, config)
@@ -1294,8 +1316,8 @@ def from_official(source, config=None):
     """
     name = "the dict" if isinstance(source, dict) else source
     if isinstance(source, dict):
-        tree = flatten(source.get("state_dict", source))
-        source = {key: torch.as_tensor(np.array(v) if isinstance(v, np.ndarray) else v) for key, v in tree.items()}
+        source = {key: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+                  for key, value in flatten(source.get("state_dict", source)).items()}
     given, found = read_weights(source), []
     ema = {key.removeprefix("model_ema."): value for key, value in given.items() if key.startswith("model_ema.")}
     given = {key: ema.get(key.replace(".", ""), value) for key, value in given.items()
@@ -1333,12 +1355,23 @@ def check(config):
     c = config
     need(c.gan in ("non-saturating", "hinge"), f"gan {c.gan!r} is unknown: non-saturating or hinge")
     need(c.padding in ("constant", "reflect", "replicate"), f"padding {c.padding!r}: constant, reflect or replicate")
-    need(c.inflation in ("central", "average", "last"), f"inflation {c.inflation!r}: central, average or last")
+    need(not c.causal or c.padding != "reflect", "padding reflect would show a causal net the future: constant")
+    need(not c.causal or c.code_dim <= 24, f"code_dim {c.code_dim}: at most 24 bits")
+    need(set(c.temporal) <= {False, True}, f"temporal {c.temporal}: 0 or 1 for each halving")
+    need(c.time_kernel > 0 and c.time_kernel % 2, f"time_kernel {c.time_kernel}: an odd number")
+    need(min((*c.disc_mult, *c.token_bits), default=1) > 0, "disc_mult and token_bits take positive numbers")
+    need(c.inflation in ("central", "average"), f"inflation {c.inflation!r}: central or average")
     need(c.schedule in ("cosine", "log", "exponential", *POWERS) or
          re.fullmatch(r"pow(?=.*[1-9])\d*\.?\d+", c.schedule),
          f"schedule {c.schedule!r} is unknown: cosine, {', '.join(POWERS)}, log, exponential, or pow2.5 and the like")
     wrong = [task for task in c.tasks.split() if task not in TASKS]
     need(c.tasks.split() and not wrong, f"task {' '.join(wrong)} is unknown: {' '.join(TASKS)}")
+    for task in c.tasks.split():
+        ends = {"start": (1, 0), "ends": (1, 1)}.get(TASKS[task][0], (0, 0))
+        need(all(a * ends[0] + b * ends[1] < total for a, b, total in (
+            (c.known_frames, c.known_frames, c.frames), (*c.known_code_frames, c.latent_shape[0]))) or not any(ends),
+             f"{task} with {c.known_frames} known frames leaves nothing to tell of {c.frames}, or of their "
+             f"{c.latent_shape[0]} frames of codes")
     need(c.multi_task or len(set(c.tasks.split())) == 1, "several tasks need --multi-task")
     for names, least in (("batch_size batch_size_prior log_every save_every frames image_size num_res_blocks code_dim "
                           "known_frames num_res_blocks_decoder disc_width batch_size_images width heads layers "
@@ -1346,11 +1379,11 @@ def check(config):
                          ("codebook_size", 2),
                          ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
                           "train_steps_images "
-                          "num_classes restart disc_start disc_weight r1_weight lecam_weight beta entropy_weight clip "
+                          "num_classes disc_start disc_weight r1_weight lecam_weight beta entropy_weight clip "
                           "entropy_boost entropy_boost_steps choice_temperature", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
-    for name in ("codebook_ema", "dropout", "label_dropout", "label_smoothing", "ema"):
+    for name in ("dropout", "label_dropout", "label_smoothing", "ema"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
     need(c.choice_temperature < math.inf, f"choice_temperature is {c.choice_temperature}: a number, at least 0")
@@ -1429,24 +1462,23 @@ def shape_distance(shape, x, y):
 def draw_motions(seed, indices, frames, size):
     """Clip i is a function of (seed, i): one shape in one colour; it moves evenly, and back where it meets an end.
     indices (B,) -> clips uint8 (B, T, size, size, 3), labels int64 (B,): the motion. turning: around the middle."""
-    u = np.random.default_rng(seed).random((max(indices) + 1, 9), np.float32)[indices][..., None]
+    u = np.random.default_rng(seed).random((max(indices) + 1, 8), np.float32)[indices][..., None]
     labels, kinds, colours = ((u[:, i, 0] * len(names)).astype(np.int64)
                               for i, names in enumerate((MOTIONS, SHAPES, COLOURS)))
     colour = np.array(list(COLOURS.values()), np.float32)[colours]
-    phase = 2 * u[:, 3] + np.arange(frames, dtype=np.float32) / frames          # (B, T); 2: there and back
+    phase = 2 * u[:, 3] + np.arange(frames, dtype=np.float32) / (2 * frames)    # (B, T); 2: there and back
     wave, angle = 1 - 2 * np.abs(phase % 2 - 1), np.pi * phase * np.where(u[:, 4] < 0.5, 1, -1)
-    x, y, R, turn = 0.4 * u[:, 5] - 0.2, 0.4 * u[:, 6] - 0.2, 0.45 + 0.15 * u[:, 7], 0.5 * u[:, 8] - 0.25
+    x, y, R = 0.2 * u[:, 5] - 0.1, 0.2 * u[:, 6] - 0.1, 0.5 + 0.1 * u[:, 7]
     choose = lambda *of_motion: np.choose(labels[:, None], np.broadcast_arrays(*of_motion, wave)[:-1])
     cx, cy = choose(0.4 * wave, x, 0.4 * np.cos(angle), x), choose(y, 0.4 * wave, 0.4 * np.sin(angle), y)
-    R = choose(R, R, R, 0.45 + 0.25 * wave)
+    R = choose(R, R, R, 0.5 + 0.25 * wave)
     axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1               # pixel centres; half the side = 1
     coverage = np.empty((len(labels), frames, size, size), np.float32)
     for kind, shape in enumerate(SHAPES):
         k = kinds == kind
         r, X, Y = (a[k, :, None, None] for a in (R, cx, cy))
-        c, sn = (f(turn[k, :, None, None]) for f in (np.cos, np.sin))
-        x, y = (axis - X) / r, (axis[:, None] - Y) / r
-        coverage[k] = np.clip(0.5 - shape_distance(shape, c * x + sn * y, c * y - sn * x) * r * (size / 2), 0, 1)
+        distance = shape_distance(shape, (axis - X) / r, (axis[:, None] - Y) / r)
+        coverage[k] = np.clip(0.5 - distance * r * (size / 2), 0, 1)
     ground = np.array((20, 20, 30), np.float32)
     clips = ground + coverage[..., None] * (colour[:, None, None, None] - ground)
     return clips.round().astype(np.uint8), labels
@@ -1456,6 +1488,8 @@ def bounce(digits, seed, frames, size):
     """Moving MNIST: digits uint8 (n, 28, 28), of which each flies through its clip and bounces off its edges ->
     clips uint8 (n, T, size, size, 3). A digit is as large as 28 pixels are in a clip of 64, at least 16."""
     side = max(16, 28 * size // 64)
+    if side >= size:
+        raise UserError(f"digits of {side} pixels need frames larger than {size} to move in")
     small = F.interpolate(torch.from_numpy(np.array(digits))[:, None], (side, side), mode="bilinear", antialias=True)
     generator, room = np.random.default_rng(seed), size - side
     start, angle = generator.random((len(digits), 2)) * room, generator.random(len(digits)) * 2 * np.pi
@@ -1526,10 +1560,14 @@ def read_clip(path, config):
                 raise ValueError(f"{array.dtype} {array.shape}")
             frames = [Image.fromarray(frame) for frame in array[:T]]
         elif path.is_dir():
-            frames = [open_image(file) for file in sorted(file for file in path.iterdir() if file.is_file())[:T]]
+            files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+            number = lambda file: [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", file.name)]
+            frames = [open_image(file) for file in sorted(files, key=number)[:T]]                  # 9 before 10
         else:
             with Image.open(path) as gif:
-                frames = [frame.convert("RGB") for frame, _ in zip(ImageSequence.Iterator(gif), range(T))]
+                shown = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(gif)]
+            least = min(time for _, time in shown) or 1                         # equal frames are one that lasts longer
+            frames = [frame for frame, time in shown for _ in range(max(1, round(time / least)))][:T]
     if len(frames) < T:
         raise UserError(f"{path} has {len(frames)} frames: this model takes {T}")
     sizes = {frame.size for frame in frames}
@@ -1545,7 +1583,7 @@ def read_folder(source, config):
     root, splits = Path(source), {"train": ([], []), "test": ([], [])}
     if not root.is_dir():
         raise UserError(f"--data {source} is no folder: give shapes, moving_mnist, or a folder of clips")
-    paths = sorted(path for split in splits for path in root.glob(f"{split}/*/*"))
+    paths = sorted(path for split in splits for path in root.glob(f"{split}/*/*") if not path.name.startswith("."))
     classes, has_test = sorted({path.parent.name for path in paths}), any(path.parts[-3] == "test" for path in paths)
     paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]    # so that a part has all classes
     for number, path in enumerate(tqdm(paths, "reading clips", leave=False, disable=None)):
@@ -1923,9 +1961,16 @@ def read_clips(args, run, number=8):
     return data.test[0][:number] / 127.5 - 1, data.test[1][:number]
 
 
-def show(args, run, videos, name, columns, following):
-    """Write clips as --out or RUN/name, an animated GIF, and a contact sheet .png: a clip's frames in a row."""
+def out_gif(args, run, name):
+    """--out or RUN/name. UserError: no .gif."""
     out = Path(args.out or run.folder / name)
+    if out.suffix.lower() != ".gif":
+        raise UserError(f"--out {out}: give a .gif; a contact sheet .png is written beside it")
+    return out
+
+
+def show(args, run, videos, out, columns, following):
+    """Write clips as an animated GIF, and a contact sheet .png: a clip's frames in a row."""
     save_gif(videos, out, columns)
     save_grid(videos[:12].transpose(1, 2).flatten(0, 1), out.with_suffix(".png"), videos.shape[2])
     official = getattr(args, "official", None)                                  # released weights: no run to go on with
@@ -1957,25 +2002,28 @@ def decoding(config):
 def sample_command(args, run, tokenizer, prior):
     if "CG" not in run.config.tasks.split():                                    # it draws from no class: test clips
         return edit_command(argparse.Namespace(**vars(args), clips=[], task=None, data_dir=None), run, tokenizer, prior)
+    out = out_gif(args, run, "samples.gif")
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 4 * columns)
     videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
     write_file(run.folder / "samples.npz", buffer.getbuffer())
-    show(args, run, videos, "samples.gif", columns, "edit")
+    show(args, run, videos, out, columns, "edit" if set(run.config.tasks.split()) > {"CG"} else "evaluate")
 
 
 def edit_command(args, run, tokenizer, prior):
     """Test clips, or given ones: each, what a task shows of it, what the model makes of that."""
+    out_gif(args, run, "samples.gif")
     videos, labels = read_clips(args, run, args.num or 6)
     known = list(dict.fromkeys(task for task in run.config.tasks.split() if task != "CG"))
-    if wrong := [task for task in args.task or known if task not in known]:
+    wanted = args.task or known
+    if wrong := [task for task in wanted or ["any"] if task not in known]:
         raise UserError(f"task {wrong[0]}: {run.folder} can {' '.join(known) or 'only sample'}")
     if args.labels or labels is None:
-        if "CFP" in (args.task or known) and run.config.num_classes and not args.labels:
+        if "CFP" in wanted and run.config.num_classes and not args.labels:
             raise UserError("CFP continues clips by class: give --labels, one for each or one for all")
         labels = read_labels(args.labels, run, len(videos))
-    for task in args.task or known:
+    for task in wanted:
         edit(args, run, tokenizer, prior, task, videos, labels)
 
 
@@ -1989,15 +2037,18 @@ def edit(args, run, tokenizer, prior, task, videos, labels):
     unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
     print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
     shown = torch.where(where, videos, 0.0)
-    show(args, run, torch.stack([videos, shown, drawn], 1).flatten(0, 1), f"{task}.gif", 3, "evaluate")
+    out = out_gif(args, run, f"{task}.gif")
+    if args.out and len(args.task or ()) != 1:                                  # a file for each task
+        out = out.with_stem(f"{out.stem}_{task}")
+    show(args, run, torch.stack([videos, shown, drawn], 1).flatten(0, 1), out, 3, "evaluate")
 
 
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
-    videos, _ = read_clips(args, run)
+    out, (videos, _) = out_gif(args, run, "reconstructions.gif"), read_clips(args, run)
     again = tokenizer.decode(tokenizer.encode(videos.to(run.device))).clamp(-1, 1).cpu()
     print("PSNR in dB by frame:", *(f"{value:.1f}" for value in frame_psnr(videos, again).mean(0)))
-    show(args, run, torch.stack([videos, again], 1).flatten(0, 1), "reconstructions.gif", 8, "sample")
+    show(args, run, torch.stack([videos, again], 1).flatten(0, 1), out, 8, "sample")
 
 
 @torch.no_grad()

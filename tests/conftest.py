@@ -57,8 +57,8 @@ CASES = {   # name: (file, fields of its tiny Config)
                               progressive_start=1, **VAR, **TINY)),
     "mar-class": ("mar", dict(disc_start=4, flip=True, dropout=0.1, patch_size=1, **MAR, **TINY)),
     "mar-start": ("mar", dict(num_classes=0, label_dropout=0.0, disc_weight=0.0, patch_size=2, **MAR | dict(sample_steps=2), **TINY)),
-    "magvit-class": ("magvit", dict(codebook_size=16, codebook_ema=0.0, restart=3, disc_weight=0.1, disc_start=4, lecam_weight=0.001, **MAGVIT, **TINY)),
-    "magvit-causal": ("magvit", dict(num_classes=0, label_dropout=0.0, causal=True, frame_norm=True, token_bits=(1, 3), inflation="last", tasks="CG FP IPD",
+    "magvit-class": ("magvit", dict(codebook_size=16, disc_weight=0.1, disc_start=4, lecam_weight=0.001, **MAGVIT, **TINY)),
+    "magvit-causal": ("magvit", dict(num_classes=0, label_dropout=0.0, causal=True, frame_norm=True, token_bits=(1, 3), tasks="CG FP IPD",
                                      **MAGVIT | dict(frames=5, train_steps_images=0), **TINY)),
     "rqvae-text": ("rqvae", dict(codebook_size=16, num_classes=0, condition="text", disc_weight=0.0, **RQVAE, **TINY)),
 }

@@ -903,9 +903,15 @@ def write_gif(path, frames, size=20):
 @pytest.mark.parametrize("words, says", [
     (["--frames", "7"], ["7 frames", "a multiple of 2"]),
     (["--causal", "--code-dim", "9"], ["8 frames", "one more than a multiple of 2"]),
+    (["--causal", "--frames", "9", "--padding", "reflect"], ["reflect", "future"]),
+    (["--causal", "--frames", "9", "--code-dim", "20000"], ["code_dim 20000", "at most 24"]),
+    (["--temporal", "2", "0"], ["temporal (2, 0)", "0 or 1"]),
+    (["--time-kernel", "2"], ["time_kernel 2", "odd"]),
+    (["--disc-mult", "-2"], ["disc_mult", "positive"]),
     (["--image-size", "30"], ["30 pixels", "f = 4"]),
-    (["--known-frames", "8"], ["FP with 8 known frames", "more than the 8"]),
-    (["--known-frames", "4", "--tasks", "FI"], ["FI with 4 known frames", "more than the 8"]),
+    (["--known-frames", "8"], ["FP with 8 known frames", "nothing to tell of 8"]),
+    (["--known-frames", "4", "--tasks", "FI"], ["FI with 4 known frames", "nothing to tell of 8"]),
+    (["--frames", "2", "--tasks", "FP"], ["FP with 1 known frames", "1 frames of codes"]),
     (["--tasks", "FP XY"], ["task XY is unknown", "CG FP CFP"]),
     (["--tasks", ""], ["task", "CG FP CFP"]),
     (["--no-multi-task"], ["several tasks need --multi-task"]),
@@ -917,7 +923,7 @@ def write_gif(path, frames, size=20):
     (["--gan", "wgan"], ["gan 'wgan'", "hinge"]),
     (["--schedule", "sine"], ["schedule 'sine'", "cosine"]),
     (["--token-bits", "4", "4"], ["token_bits (4, 4)", "512 codes"]),
-    (["--causal", "--code-dim", "30", "--frames", "9"], ["rows of codes", "--token-bits"]),
+    (["--causal", "--code-dim", "22", "--frames", "9"], ["rows of codes", "--token-bits"]),
     (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
     (["--num-classes", "9"], ["4 classes", "num_classes is 9"]),
     (["--data", "no/such"], ["no/such is no folder", "moving_mnist"]),
@@ -937,6 +943,9 @@ def test_magvit_command_lines(fails, words, says, tmp_path, monkeypatch):
     (["edit", "--task", "XY"], ["task XY", "FP CFP FI"]),
     (["edit", "no.gif", "--labels", "0"], ["no.gif cannot be read as a clip"]),
     (["reconstruct", "no.gif"], ["no.gif cannot be read as a clip"]),
+    (["sample", "--out", "grid.png"], ["grid.png", "give a .gif"]),
+    (["edit", "--out", "grid.png"], ["grid.png", "give a .gif"]),
+    (["reconstruct", "--out", "grid.png"], ["grid.png", "give a .gif"]),
 ], ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None)
 def test_magvit_verbs(fails, trained_magvit, words, says):
     module, run, _ = trained_magvit
@@ -959,7 +968,8 @@ def test_magvit_clips(fails, trained_magvit, tmp_path):
     fails(module, "edit", alone, tmp_path / "whole.gif", "--task", "FI", says=["task FI", "FP"])
     fails(module, "sample", alone, "--guidance", "2", says=["guidance", "--label-dropout"])
     module.main(["edit", str(run), str(tmp_path / "whole.gif"), "--labels", "turning", "--out", str(tmp_path / "edited.gif")])
-    with Image.open(tmp_path / "edited.gif") as gif:
+    assert len(list(tmp_path.glob("edited_*.gif"))) == 9                         # one for each task: planted: all under one name
+    with Image.open(tmp_path / "edited_FP.gif") as gif:
         assert gif.n_frames == 6
 
 

@@ -1152,7 +1152,7 @@ def magvit_modules(net, names):
 def magvit_config(c, **more):
     return magvit.Config(**dict(frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
                                 temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
-                                code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], codebook_ema=0.0, restart=0, beta=c["commitment_cost"],
+                                code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], beta=c["commitment_cost"],
                                 entropy_weight=c["entropy_loss_ratio"], entropy_temperature=c["entropy_temperature"]) | more)
 
 
@@ -1209,7 +1209,7 @@ def magvit_losses(golden, inputs):
     logits, r1 = magvit.r1_penalty(net, real)
     torch.testing.assert_close(logits, out["d3/logit_real"])
     out |= {"d3/logit_fake": net(fake), "d3/r1_x1e4": 1e5 * r1} | flax_grads(net, r1, "d3/grad_r1_x1e5/", golden, 1e6, names, "d3/")   # the weight 10 is in both
-    frames, _ = magvit_load(golden, config.flat, "d2/")
+    frames, _ = magvit_load(golden, config.of_images, "d2/")
     out["d2/logit_real_blur0"] = frames(real.transpose(1, 2).flatten(0, 1)[:, :, None]).view(*inputs["real"].shape[:2], 1)
     out |= dict.fromkeys(("pool/odd", "pool/odd_t"), to_last(magvit.MeanPool((2, 2, 2))(to_second(inputs["odd"]))))
     real, fake = inputs["logit_real"], inputs["logit_fake"]

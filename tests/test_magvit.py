@@ -28,7 +28,7 @@ from magvit import (
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Config(ch=8, groups=4, image_size=16, frames=6, ch_mult=(1, 2), temporal=(True,), code_dim=4, codebook_size=16, width=32, heads=2, layers=2,
               sample_steps=3, train_images=12, test_images=6)
-CAUSAL = dataclasses.replace(TINY, causal=True, frame_norm=True, frames=5, ch_mult=(1, 2, 2), temporal=(True, True), code_dim=6)
+CAUSAL = dataclasses.replace(TINY, causal=True, tasks="CG FP IPD", frame_norm=True, frames=5, ch_mult=(1, 2, 2), temporal=(True, True), code_dim=6)
 GRID = TINY.latent_shape
 
 
@@ -126,8 +126,6 @@ def test_regions_of_all_tasks():
     assert torch.equal(region("OPC", (1, 8, 8))[0], ~region("IPC", (1, 8, 8))[0])
     left = [int(frame.any(0).nonzero()[0]) for frame in region("OPD", (5, 8, 8))]
     assert left == [0, 1, 2, 3, 4]                                              # it moves from the left edge to the right
-    with pytest.raises(UserError, match="8 known frames needs more than the 8"):
-        region("FP", (8, 4, 4), 8)
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "CG"])
@@ -138,6 +136,14 @@ def test_condition_videos_read_only_what_is_known(task):
     seen = magvit.condition_video(task, videos)
     assert torch.equal(seen[:, :, known], videos[:, :, known])
     assert torch.equal(seen, magvit.condition_video(task, torch.where(known, videos, torch.rand_like(videos))))
+
+
+def test_known_codes_are_of_known_frames():
+    """17 frames, 4 to a code but for the first, 5 known: codes 0 and 1 at the start; at the end one, of the last four. Planted: as many at the end as at the start."""
+    config = dataclasses.replace(CAUSAL, frames=17, known_frames=5, tasks="CG FP FI")
+    for task, wanted in (("FI", [1, 1, 0, 0, 1]), ("FP", [1, 1, 0, 0, 0]), ("CG", [0, 0, 0, 0, 0])):
+        known = magvit.known_codes(task, 2, config, "cpu").view(2, *config.latent_shape)
+        assert known[0, :, 0, 0].tolist() == wanted and torch.equal(known[0], known[1]) and (known == known[:, :, :1, :1]).all()
 
 
 def test_linear_condition_is_a_line():
@@ -172,6 +178,68 @@ def test_factored_tokens():
     torch.testing.assert_close(-prior.nats(logits, tokens), whole.flatten(2).gather(2, tokens[..., None])[..., 0])
     drawn = decode_tokens(prior, prefix, steps=3)
     assert drawn.shape == tokens.shape and 0 <= drawn.min() and drawn.max() < 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, CAUSAL], ids=["MAGVIT", "v2"])
+def test_every_code_and_the_prefix_are_seen_everywhere(config):
+    """Logits are float32, (B, N, V); each moves with any code, with the task and with the class. Planted: positions of the prefix left out."""
+    _, prior = build(config)
+    N, label = prior.places, torch.tensor([1])
+    tokens, prefix = torch.randint(config.codebook_size, (1, N)), lambda task, label: magvit.prefix_of([task], label, config)
+    tokens[0, ::3] = MASK
+    [logits] = prior(prefix("CG", label), tokens)
+    assert logits.shape == (1, N, config.codebook_size) and logits.dtype == torch.float32
+    for t in range(0, N, 7):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % config.codebook_size
+        assert (prior(prefix("CG", label), changed)[0] != logits).any(-1).all()
+    for other in (prefix("CG", label + 1), prefix("FP", label)):
+        assert (prior(other, tokens)[0] != logits).any(-1).all()
+    assert torch.equal(prefix("OPC", label), prefix("IPD", label))             # QUIRK: one token for both kinds of painting
+
+
+def test_one_batch_is_learned_by_heart():
+    """Planted: targets that are the inputs; the loss on the prefix's places."""
+    _, prior = build()
+    torch.manual_seed(0)
+    N, known = prior.places, region("OPV", GRID).expand(4, *GRID).flatten(1)
+    tokens, condition = torch.randint(16, (4, N)), torch.randint(16, (4, N))
+    prefix = magvit.prefix_of(4 * ["OPV"], torch.arange(4), TINY)
+    optimizer, losses = torch.optim.Adam(prior.train().parameters(), 1e-2), []
+    for _ in range(150):
+        loss, metrics = prior.loss(prefix, tokens, condition, known, torch.rand(4, N), 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics["mask"].item())
+    assert losses[0] > 2.5 and losses[-1] < 0.5 and metrics["recons"] == 0     # nothing was shown
+
+
+def test_training_asks_all_tasks_and_drops_labels(tmp_path, monkeypatch):
+    """Each step one task, for all clips, drawn as often as it is named; its condition is that clip's; labels of CG and CFP alone, dropped at their rate.
+    Planted: labels never dropped; conditions of other clips; classes told to FP; the average and the model exchanged."""
+    config = dataclasses.replace(TINY, train_steps_prior=300, batch_size_prior=8, label_dropout=0.4, tasks="CG CG CFP FP IPC", width=16, layers=1, warmup=0, lr_prior=1e-3)
+    tokenizer, _ = build(config)
+    data, seen, loss = magvit.load_data(config), [], MagvitTransformer.loss
+    monkeypatch.setattr(MagvitTransformer, "loss", lambda self, *given: (seen.append(given), loss(self, *given))[1])
+    torch.manual_seed(config.seed)
+    first = magvit.build_prior(config).state_dict()
+    averaged = magvit.train_prior(config, data, magvit.Run(tmp_path / "run", config, data.classes), tokenizer).state_dict()
+    assert any(not torch.equal(first[name], averaged[name]) for name in first)
+    tasks = [int(prefix[0, 0]) - config.rows for prefix, *_ in seen]
+    assert all((prefix[:, 0] == prefix[0, 0]).all() for prefix, *_ in seen)
+    shares = {task: tasks.count(task) / 300 for task in (-3, -4, -6)}
+    assert abs(shares[-3] - 0.4) < 0.1 and abs(shares[-4] - 0.4) < 0.1 and abs(shares[-6] - 0.2) < 0.1
+    told = {task: torch.cat([prefix[:, 1] for prefix, *_ in seen if prefix[0, 0] - config.rows == task]) - config.codebook_size for task in shares}
+    assert 0.3 < (told[-3] == 4).float().mean() < 0.5 and (told[-6] == 4).all() and 0.55 < (told[-4] == 4).float().mean() < 0.85
+    everything = {tuple(t.tolist()): i for i, t in enumerate(magvit.tokenize(tokenizer, data.train[0], "cpu").flatten(1))}
+    for prefix, tokens, condition, known, scores, ratio in seen[:40]:
+        index = [everything[tuple(t.tolist())] for t in tokens]
+        task = {-3: "CG", -4: "FP", -6: "IPC"}[int(prefix[0, 0]) - config.rows]
+        assert torch.equal(known, region(task, GRID).expand(8, *GRID).flatten(1)) and scores.shape == tokens.shape and ratio.shape == ()
+        if task != "CG":
+            assert torch.equal(condition, tokenizer.encode(magvit.condition_video(task, data.train[0][index] / 127.5 - 1)).flatten(1))
 
 
 # --- decoding
@@ -268,6 +336,22 @@ def test_clips_of_all_forms_are_read_alike(tmp_path):
     assert data.train[0].shape == (3, 3, TINY.frames, 16, 16) and len(data.test[0]) == 3
 
 
+def test_frames_in_their_order_and_number(tmp_path):
+    """9.png before 10.png; hidden files are none; equal frames, which a GIF holds as one, count. Planted: names sorted as strings; durations ignored."""
+    (tmp_path / "x").mkdir()
+    for i in range(12):
+        Image.new("RGB", (20, 20), (20 * i, 0, 0)).save(tmp_path / "x" / f"{i}.png")
+    (tmp_path / "x" / ".index").write_bytes(b"0")
+    config = dataclasses.replace(TINY, frames=12)
+    assert magvit.read_clip(tmp_path / "x", config)[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
+    videos = clips(number=1)
+    videos[:, :, 2:4] = videos[:, :, 1:2]
+    magvit.save_gif(videos, tmp_path / "still.gif", 1)
+    assert magvit.read_clip(tmp_path / "still.gif", TINY).shape == (6, 16, 16, 3)
+    with pytest.raises(UserError, match="larger than 16"):
+        magvit.bounce(np.zeros((2, 28, 28), np.uint8), 0, 8, 16)
+
+
 def test_clips_that_cannot_be_read(tmp_path):
     """Each case in one line: too few frames, sizes that change, a GIF cut off, another kind of array, no clip at all."""
     write_clips(tmp_path / "x", frames=3)
@@ -330,5 +414,5 @@ def test_networks_have_the_released_names_and_shapes(path, monkeypatch):
 def test_presets_and_defaults_make_sense():
     for preset in magvit.PRESETS.values():
         magvit.check(preset)
-    with pytest.raises(UserError, match="FI with 1 known frames needs more than the 2"):
-        magvit.train_tokenizer(dataclasses.replace(TINY, frames=4), None, None)
+    with pytest.raises(UserError, match="FP with 1 known frames leaves nothing to tell of 2"):
+        build(dataclasses.replace(TINY, frames=2))
