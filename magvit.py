@@ -40,8 +40,7 @@ Run
     python magvit.py sample RUN --labels turning growing            animated GIF, and a contact sheet
     python magvit.py edit RUN --task FP OPC                         test clips (or CLIP ...): predicts, outpaints, ...
     python magvit.py reconstruct CLIP.gif --official video.ckpt     Open-MAGVIT2's tokenizer
-    python magvit.py train --causal --frame-norm --frames 9 --code-dim 18 --token-bits 9 9 \\
-        --entropy-weight 0.1 --out RUN
+    python magvit.py train --causal --frame-norm --frames 9 --code-dim 18 --token-bits 9 9 --entropy-weight 0.1
 
 Contents   Config and presets, Tokenizer, Tasks, Prior, Losses, Sampler, Training, Official weights, Helpers, Command
            line
@@ -151,9 +150,9 @@ class Config:
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a clip
-    temperature: float = 1.0        # logits are divided by it: how varied the drawn codes are
-    choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
-    guidance: float = 1.0           # logits = no class + guidance (class - no class); 1: none
+    temperature: float = 0.8        # logits are divided by it: how varied the drawn codes are (release: 1)
+    choice_temperature: float = 8.0  # noise on the confidence, falling to 0: which codes come first (release: 4.5)
+    guidance: float = 5.0           # logits = no class + guidance (class - no class) (release: 1, none)
 
     def __post_init__(self):
         self.ch_mult, self.temporal, self.token_bits = map(tuple, (self.ch_mult, self.temporal, self.token_bits))
@@ -214,7 +213,8 @@ RELEASE = dict(image_size=128, frames=16, ch=64, groups=32, ch_mult=(1, 2, 2, 4)
                entropy_weight=0.1, disc_weight=0.1, disc_width=64, disc_mult=(2, 4, 4, 4, 4), width=768, heads=12,
                layers=12, dropout=0.1, label_dropout=0.0,
                batch_size=128, batch_size_images=512, batch_size_prior=256, lr_images=1e-4, lr_tokenizer=1e-4,
-               lr_prior=1e-4, warmup=5000, ema=0.999, save_every=5000)
+               lr_prior=1e-4, warmup=5000, ema=0.999, save_every=5000,
+               temperature=1.0, choice_temperature=4.5, guidance=1.0)
 UCF101 = RELEASE | dict(data="ucf101", num_classes=101, tasks="CG", multi_task=False, train_steps_images=74_000,
                         train_steps_tokenizer=37_000, warmup_tokenizer=74, train_steps_prior=74_000)
 BAIR = RELEASE | dict(data="bair", num_classes=0, image_size=64, ch_mult=(1, 2, 4), disc_mult=(2, 4, 4, 4),
@@ -966,6 +966,7 @@ def lecam(real, fake, ema_real, ema_fake):
 
 
 def build_discriminator(config):
+    """-> Discriminator of clips of config's shape; of its time_kernel."""
     return Discriminator((config.frames, config.image_size, config.image_size), config.disc_width, config.disc_mult,
                          config.time_kernel)
 
