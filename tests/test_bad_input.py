@@ -891,7 +891,7 @@ def test_mar_official_files(fails, trained_mar, tmp_path, monkeypatch):
 def trained_magvit(tmp_path_factory):
     """A run of all tasks, and one that knows CG and FP, never saw dropped labels."""
     import magvit
-    alone = dict(label_dropout=0.0, tasks="CG FP")
+    alone = dict(label_dropout=0.0, guidance=1.0, tasks="CG FP")
     return magvit, *(finished(magvit, "magvit-class", tmp_path_factory, train_steps_images=1, train_steps_tokenizer=2, train_steps_prior=2, **more) for more in ({}, alone))
 
 
@@ -905,24 +905,24 @@ def write_gif(path, frames, size=20):
     (["--causal", "--code-dim", "9"], ["8 frames", "one more than a multiple of 2"]),
     (["--causal", "--frames", "9", "--padding", "reflect"], ["reflect", "future"]),
     (["--causal", "--frames", "9", "--code-dim", "20000"], ["code_dim 20000", "at most 24"]),
-    (["--temporal", "2", "0"], ["temporal (2, 0)", "0 or 1"]),
+    (["--temporal", "2", "0", "0"], ["temporal (2, 0, 0)", "0 or 1"]),
     (["--time-kernel", "2"], ["time_kernel 2", "odd"]),
     (["--disc-mult", "-2"], ["disc_mult", "positive"]),
-    (["--image-size", "30"], ["30 pixels", "f = 4"]),
+    (["--image-size", "30"], ["30 pixels", "f = 8"]),
     (["--known-frames", "8"], ["FP with 8 known frames", "nothing to tell of 8"]),
     (["--known-frames", "4", "--tasks", "FI"], ["FI with 4 known frames", "nothing to tell of 8"]),
     (["--frames", "2", "--tasks", "FP"], ["FP with 1 known frames", "1 frames of codes"]),
     (["--tasks", "FP XY"], ["task XY is unknown", "CG FP CFP"]),
     (["--tasks", ""], ["task", "CG FP CFP"]),
     (["--no-multi-task"], ["several tasks need --multi-task"]),
-    (["--ch", "20"], ["ch 20", "groups, 8"]),
+    (["--ch", "10"], ["ch 10", "groups, 4"]),
     (["--width", "130"], ["width 130", "heads, 4"]),
-    (["--temporal"], ["temporal needs 2 numbers"]),
+    (["--temporal"], ["temporal needs 3 numbers"]),
     (["--padding", "edge"], ["padding 'edge'", "reflect"]),
     (["--inflation", "first"], ["inflation 'first'", "central"]),
     (["--gan", "wgan"], ["gan 'wgan'", "hinge"]),
     (["--schedule", "sine"], ["schedule 'sine'", "cosine"]),
-    (["--token-bits", "4", "4"], ["token_bits (4, 4)", "512 codes"]),
+    (["--token-bits", "4", "4"], ["token_bits (4, 4)", "128 codes"]),
     (["--causal", "--code-dim", "22", "--frames", "9"], ["rows of codes", "--token-bits"]),
     (["--guidance", "2", "--label-dropout", "0"], ["guidance", "--label-dropout"]),
     (["--num-classes", "9"], ["4 classes", "num_classes is 9"]),

@@ -1150,7 +1150,7 @@ def magvit_modules(net, names):
 
 
 def magvit_config(c, **more):
-    return magvit.Config(**dict(frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
+    return magvit.Config(**dict(tasks="CG", frames=c.get("frames", 16), image_size=c["image_size"], ch=c["filters"], groups=32, ch_mult=c["channel_multipliers"],
                                 temporal=c["temporal_downsample"], num_res_blocks=c["num_enc_res_blocks"], num_res_blocks_decoder=c["num_dec_res_blocks"],
                                 code_dim=c["embedding_dim"], codebook_size=c["codebook_size"], beta=c["commitment_cost"],
                                 entropy_weight=c["entropy_loss_ratio"], entropy_temperature=c["entropy_temperature"]) | more)
@@ -1199,7 +1199,7 @@ def magvit_tokenizer(golden, inputs):
 @checks("magvit_losses")
 def magvit_losses(golden, inputs):
     c, out = golden["config"], {}
-    config = magvit.Config(frames=c["T"], image_size=c["S"], disc_width=c["filters"], disc_mult=c["disc_mult"])
+    config = magvit.Config(tasks="CG", frames=c["T"], image_size=c["S"], disc_width=c["filters"], disc_mult=c["disc_mult"])
     (net, names), real, fake = magvit_load(golden, config, "d3/"), to_second(inputs["real"]), to_second(inputs["fake"])
     modules = {theirs: ours for theirs, ours in magvit_modules(net, names).items() if f"d3/{theirs}" in golden["outputs"]}
     modules |= {theirs: ours for theirs, ours in (("Conv_0", "conv_in"), ("Conv_1", "conv_out"), ("Dense_0", "dense1"), ("Dense_1", "dense2"))}
@@ -1263,7 +1263,7 @@ def magvit_commit(golden, inputs):
 def magvit_bert(golden):
     c = golden["config"]
     net, names = magvit_load(golden, magvit.Config(
-        frames=c["lt"], image_size=c["ls"], ch_mult=(1,), temporal=(), codebook_size=c["K"], num_classes=c["classes"], width=c["width"], heads=c["heads"],
+        tasks="CG FP CFP OPC IPD", frames=c["lt"], image_size=c["ls"], ch_mult=(1,), temporal=(), codebook_size=c["K"], num_classes=c["classes"], width=c["width"], heads=c["heads"],
         layers=c["layers"], mlp_ratio=c["mlp"] // c["width"], label_smoothing=c.get("smoothing", 0.0)))
     assert net.config.rows == c["vocab"]
     return net, names
@@ -1348,7 +1348,7 @@ def magvit_lfq(golden, inputs):
 @checks("magvit_om2_video")
 def magvit_om2_video(golden, inputs):
     c, params, video = golden["config"], params_of(golden), inputs["video"]
-    config = magvit.Config(causal=True, frames=c["T"], image_size=c["S"], ch=c["ch"], groups=32, ch_mult=c["mult"], temporal=[m != 1 for m in c["mult"][:-1]],
+    config = magvit.Config(tasks="CG", causal=True, frames=c["T"], image_size=c["S"], ch=c["ch"], groups=32, ch_mult=c["mult"], temporal=[m != 1 for m in c["mult"][:-1]],
                            num_res_blocks=c["blocks"], num_res_blocks_decoder=c["blocks"], code_dim=c["z"])
     plain = lambda state: {name.replace(".conv_1.", "."): value for name, value in state.items()}
     net = magvit.from_official({name: value for name, value in params.items() if name.startswith(("encoder", "decoder"))}, config)

@@ -376,7 +376,7 @@ def test_training_runs_and_keeps_large_codes(tmp_path, monkeypatch, capsys):
     """Both tokenizers through the command line, without classes too; 2^18 codes come back from the file. Planted: 16 bits in the file; labels of
     the data told to a model without classes."""
     words = "--train-images 8 --test-images 4 --image-size 16 --ch 8 --groups 4 --ch-mult 1 2 --temporal 1 --width 16 --heads 2 --layers 1 --batch-size-prior 2 "
-    words += "--train-steps-tokenizer 2 --train-steps-prior 12 --sample-steps 2 --disc-weight 0.1 --disc-width 4 --disc-mult 1 1 --lecam-weight 0.001 --tasks"
+    words += "--train-steps-images 2 --batch-size-images 2 --train-steps-tokenizer 2 --train-steps-prior 12 --sample-steps 2 --disc-weight 0.1 --disc-width 4 --disc-mult 1 1 --lecam-weight 0.001 --tasks"
     for run, more in (("a", "--frames 6"), ("b", "--frames 5 --causal --frame-norm --code-dim 18 --token-bits 9 9 --num-classes 0")):
         magvit.main(["train", *words.split(), "CG FP IPD", *more.split(), "--out", str(tmp_path / run)])
         assert "samples.gif" in capsys.readouterr().out and (tmp_path / run / "report.json").exists()
@@ -398,15 +398,14 @@ def test_networks_have_the_released_names_and_shapes(path, monkeypatch):
     large = "l" if "_L" in path.name else "b"
     preset = "open-magvit2" if "om2" in path.name else f"ucf101-{large}" if "ucf" in path.name else f"bair-{large}{'-8' * ('mt8' in path.name)}"
     given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, assign: None)              # nothing to hold
-    monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    other = "bair-b" if preset == "ucf101-b" else "ucf101-b"                    # not all: each is built, twice
+    monkeypatch.setattr(magvit, "PRESETS", {name: magvit.PRESETS[name] for name in (other, preset)})
     net = magvit.from_official(given)
     count = 370_547_349 if "om2" in path.name else release["n_params"]         # that list counts the discriminator too
     assert sum(p.numel() for p in net.parameters()) == count
     if hasattr(net, "config"):
         assert net.config == magvit.PRESETS[preset] or not path.name.startswith("magvit_transformer")
-    wrong = dict(list(given.items())[1:]) | {"encoder.more": torch.empty(3, device="meta")}
+    wrong = dict(list(given.items())[1:]) | {"more": torch.empty(3, device="meta")}
     with pytest.raises(UserError, match="the dict is no model of this paper: 2 names or shapes do not fit"):
         magvit.from_official(wrong)
 
