@@ -100,7 +100,7 @@ class Config:
     ch: int = 8                     # width of the first level, a multiple of the groups (release: 64, 128)
     groups: int = 4                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 2, 4, 8)   # widths of the levels in units of ch; each level but the last halves the side
-    temporal: tuple = (True, False, False)  # which of these halvings halve time as well
+    temporal: tuple = (1, 0, 0)     # which of these halvings halve time as well: 0 or 1 each
     num_res_blocks: int = 1         # residual blocks per level of the encoder, and after the last (release: 2)
     num_res_blocks_decoder: int = 1  # of the decoder, and before the first (release: as many)
     code_dim: int = 8               # E, width of a code; causal: bits, V = 2^E
@@ -161,7 +161,7 @@ class Config:
     @property
     def of_images(self):
         """The 2D tokenizer of single frames that is inflated to this one. Task: one without a second frame."""
-        return dataclasses.replace(self, frames=1, time_kernel=1, tasks="CG", temporal=(False,) * len(self.temporal),
+        return dataclasses.replace(self, frames=1, time_kernel=1, tasks="CG", temporal=(0,) * len(self.temporal),
                                    lr_tokenizer=self.lr_images, batch_size=self.batch_size_images,
                                    train_steps_tokenizer=self.train_steps_images)
 
@@ -208,7 +208,7 @@ class Config:
         return sum(self.group_sizes) + self.num_classes + 1 + (16 if self.multi_task else 1)
 
 
-RELEASE = dict(image_size=128, frames=16, ch=64, groups=32, ch_mult=(1, 2, 2, 4), temporal=(True, True, False),
+RELEASE = dict(image_size=128, frames=16, ch=64, groups=32, ch_mult=(1, 2, 2, 4), temporal=(1, 1, 0),
                num_res_blocks=2, num_res_blocks_decoder=2, code_dim=256, codebook_size=1024, beta=0.25,
                entropy_weight=0.1, disc_weight=0.1, disc_width=64, disc_mult=(2, 4, 4, 4, 4), width=768, heads=12,
                layers=12, dropout=0.1, label_dropout=0.0,
@@ -225,7 +225,7 @@ EIGHT = dict(tasks="FP FI OPH OPV OPC OPD IPC IPD", multi_task=True, train_steps
 PRESETS = {
     "demo": Config(),
     "moving_mnist": Config(data="moving_mnist", num_classes=10, known_frames=2, ch_mult=(1, 2, 4),
-                           temporal=(True, False), codebook_size=64, train_steps_images=1500, train_steps_prior=4000,
+                           temporal=(1, 0), codebook_size=64, train_steps_images=1500, train_steps_prior=4000,
                            train_steps_tokenizer=1500, batch_size_prior=8, guidance=1.5),
     "ucf101-b": Config(**UCF101),
     "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000, warmup_tokenizer=37)),
@@ -235,7 +235,7 @@ PRESETS = {
     "bair-l-8": Config(**BAIR | LARGE | EIGHT | dict(warmup_tokenizer=169, train_steps_prior=270_400)),
     # MAGVIT-v2's: tokenizer as Open-MAGVIT2's, its transformer as the paper says (two tables of 2^9, MAGVIT-L's size)
     "open-magvit2": Config(**UCF101 | LARGE | dict(
-        frames=17, causal=True, temporal=(False, True, True), num_res_blocks=4, num_res_blocks_decoder=4, code_dim=18,
+        frames=17, causal=True, temporal=(0, 1, 1), num_res_blocks=4, num_res_blocks_decoder=4, code_dim=18,
         token_bits=(9, 9), entropy_boost=3.0, lecam_weight=0.001)),
 }
 
@@ -1358,7 +1358,7 @@ def check(config):
     need(c.padding in ("constant", "reflect", "replicate"), f"padding {c.padding!r}: constant, reflect or replicate")
     need(not c.causal or c.padding != "reflect", "padding reflect would show a causal net the future: constant")
     need(not c.causal or c.code_dim <= 24, f"code_dim {c.code_dim}: at most 24 bits")
-    need(set(c.temporal) <= {False, True}, f"temporal {c.temporal}: 0 or 1 for each halving")
+    need(set(c.temporal) <= {0, 1}, f"temporal {c.temporal}: 0 or 1 for each halving")
     need(c.time_kernel > 0 and c.time_kernel % 2, f"time_kernel {c.time_kernel}: an odd number")
     need(min((*c.disc_mult, *c.token_bits), default=1) > 0, "disc_mult and token_bits take positive numbers")
     need(c.inflation in ("central", "average"), f"inflation {c.inflation!r}: central or average")

@@ -32,7 +32,7 @@ MAR = dict(ch=32, ch_mult=(1, 1), latent_dim=3, encoder_depth=1, decoder_depth=1
            kl_weight=1e-6, noise_levels=4, mask_ratio_min=0.7, guidance=2.0, guidance_schedule="linear", temperature=1.0, clip_x0=4.0,
            disc_layers=1, disc_width=8, sample_steps=4, denoise_steps=10, warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_prior=8,
            train_steps_tokenizer=8, train_steps_prior=12)
-MAGVIT = dict(frames=6, ch=8, groups=4, ch_mult=(1, 2), temporal=(True,), code_dim=4, layers=2, heads=2, width=16, disc_width=4, disc_mult=(1, 1), sample_steps=3,
+MAGVIT = dict(frames=6, ch=8, groups=4, ch_mult=(1, 2), temporal=(1,), code_dim=4, layers=2, heads=2, width=16, disc_width=4, disc_mult=(1, 1), sample_steps=3,
               warmup=2, warmup_tokenizer=2, lr_prior=1e-2, batch_size_images=4, batch_size_prior=8, train_steps_images=4, train_steps_tokenizer=8, train_steps_prior=12)
 CASES = {   # name: (file, fields of its tiny Config)
     "pixelcnn-gated": ("pixelcnn", dict(levels=4, layers=2, width=18, head=30, train_steps_prior=12, **TINY)),

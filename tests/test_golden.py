@@ -1134,7 +1134,7 @@ to_last, to_second = lambda x: x.movedim(1, -1), lambda x: x.movedim(-1, 1)     
 
 def magvit_load(golden, config, prefix=""):
     """The golden file's parameters `prefix/...` -> the net that they fit, {official name: ours}."""
-    inside = (lambda name: name.startswith(prefix)) if prefix else (lambda name: not name.startswith(("2d/", "d2/", "d3/")))
+    inside = (lambda name: name.startswith(prefix)) if prefix else (lambda name: not name.startswith(("2d/", "d2/", "d3/", "strided/")))
     net = magvit.from_official({name.removeprefix(prefix): value for name, value in params_of(golden, layout="flax").items() if inside(name)}, config)
     return net, {theirs: ours for ours, theirs in magvit.flax_names(net).items()}
 
