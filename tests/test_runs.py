@@ -277,7 +277,7 @@ def test_the_whole_command_line_runs(case, tmp_path, capsys):
         assert os.path.exists(last.split("   next: ")[0]) and "next: python " in last
     if not maps:
         samples = np.load(run / "samples.npz")["arr_0"]
-        frames = (case.config.frames,) * case.video
+        frames = (case.config.frames,) if case.video else ()
         assert samples.dtype == np.uint8 and samples.shape == (3, *frames, case.config.image_size, case.config.image_size, 3)
     assert (run / "curves.png").stat().st_size > 1000 and (run / "reconstructions.png").exists()
     report = json.loads((run / "report.json").read_text())
