@@ -23,7 +23,7 @@ def test_judge_tells_right_from_wrong(tmp_path, monkeypatch):
 
 
 def test_judge_tells_motions(tmp_path, monkeypatch):
-    """Clips played backwards are of another class. Planted: only the middle frame seen."""
+    """Rows and columns exchanged are another class, and so is a clip that stands still. Planted: only the middle frame seen."""
     import judge
 
     import magvit
@@ -35,7 +35,9 @@ def test_judge_tells_motions(tmp_path, monkeypatch):
     clips = clips.movedim(-1, 1)
     good = judge.judge_samples(clips, labels)
     assert good["judge_accuracy"] > 0.5 and abs(good["class_agreement"] - good["judge_accuracy"]) < 0.2
-    assert judge.judge_samples(clips.flip(2), labels)["class_agreement"] < 0.4
+    turned, still = clips.transpose(3, 4), clips[:, :, 6:7].expand_as(clips)
+    assert judge.judge_samples(turned[labels < 2], labels[labels < 2])["class_agreement"] < 0.2
+    assert judge.judge_samples(still, labels)["class_agreement"] < 0.6
 
 
 def test_frechet_distance_of_two_gaussians():
