@@ -503,6 +503,12 @@ class VectorQuantizer(nn.Module):
                 self.count[dead], self.total[dead] = 1, fresh
 
 
+def signs(indices, dim):
+    """indices (B, ...) -> their lowest bits as -1 and 1 (B, dim, ...), channel 0 the lowest."""
+    places = torch.arange(dim, device=indices.device).view(-1, *(indices.ndim - 1) * [1])
+    return ((indices[:, None] >> places) % 2 * 2 - 1).float()
+
+
 class LookupFree(nn.Module):
     """MAGVIT-v2's quantizer: a code is the signs of E channels, 2^E codes without a table.
 
@@ -522,10 +528,9 @@ class LookupFree(nn.Module):
         bits = 2 ** torch.arange(self.dim, device=z.device)
         return ((z > 0).movedim(1, -1) * bits).sum(-1)
 
-    def lookup(self, indices, dim=0):
-        """indices (B, ...) -> codes (B, E, ...) of -1 and 1; dim: of so many bits in place of E."""
-        places = torch.arange(dim or self.dim, device=indices.device).view(-1, *(indices.ndim - 1) * [1])
-        return ((indices[:, None] >> places) % 2 * 2 - 1).float()
+    def lookup(self, indices):
+        """indices (B, ...) -> codes (B, E, ...) of -1 and 1."""
+        return signs(indices, self.dim)
 
     def entropies(self, z):
         """z (n, E) -> mean entropy of a position's p, entropy of the mean p (nats)."""
@@ -533,7 +538,7 @@ class LookupFree(nn.Module):
         each = (F.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
         halves = []
         for part in logits.split([self.dim // 2, self.dim - self.dim // 2], 1):
-            plus = self.lookup(torch.arange(2 ** part.shape[1], device=z.device), part.shape[1]).T.clamp(min=0)
+            plus = signs(torch.arange(2 ** part.shape[1], device=z.device), part.shape[1]).T.clamp(min=0)
             halves.append((F.logsigmoid(part) @ plus + F.logsigmoid(-part) @ (1 - plus)).exp())     # (n, 2^(E/2))
         p = halves[1].T @ halves[0] / len(z)
         everywhere = p.detach().clone()
@@ -690,6 +695,11 @@ def known_codes(task, number, config, device):
     """region of the code volume for so many clips -> (number, N) bool: the same rule on the codes' grid, where a known
     code may see pixels that are not."""
     return region(task, config.latent_shape, *config.known_code_frames).to(device).expand(number, -1, -1, -1).flatten(1)
+
+
+def condition_codes(tokenizer, task, videos, config):
+    """Codes of the task's condition video: videos (B, 3, T, H, W) in [-1, 1] -> (B, N) int64."""
+    return tokenizer.encode(condition_video(task, videos, config.known_frames)).flatten(1)
 
 
 def class_of(task, labels, config):
@@ -1037,7 +1047,7 @@ def sample(tokenizer, prior, labels, *, task="CG", videos=None, mode="commit", *
     if task != "CG":
         if videos is None:
             raise UserError(f"task {task} needs videos to complete")
-        condition = tokenizer.encode(condition_video(task, videos, c.known_frames)).flatten(1)
+        condition = condition_codes(tokenizer, task, videos, c)
     prefix = prefix_of(B * [task], class_of(task, labels, c), c)
     null = prefix_of(B * ["CG" if "CG" in c.tasks.split() else task], torch.full_like(labels, c.num_classes), c)
     tokens = decode_tokens(prior, prefix, condition, known, null_prefix=null, mode=mode, **decoding)
@@ -1091,13 +1101,16 @@ def train_autoencoder(config, data, run, stage, trained_2d=None):
         objects |= {f"discriminator_{stage}": discriminator, f"optimizer_discriminator_{stage}": opposing}
     print(f"{stage}: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} clips of {config.data}")
+    clips = data.train[0]
     for step in run.steps(stage, config.train_steps_tokenizer, **objects):
         generator = rng(config.seed, step)
-        videos = data.batch("train", config.batch_size, generator)[0]
-        if config.frames < videos.shape[2]:
-            frame = torch.randint(videos.shape[2], (len(videos),), generator=generator)
-            videos = videos[torch.arange(len(videos)), :, frame, None]
-        [videos] = shard(videos, device=run.device)
+        index = torch.randint(len(clips), (config.batch_size,), generator=generator)
+        if config.frames < clips.shape[2]:                                      # a frame of each: not whole clips
+            frame = torch.randint(clips.shape[2], index.shape, generator=generator)
+            [videos] = shard(clips[index, :, frame][:, :, None], device=run.device)
+        else:
+            [videos] = shard(clips[index], device=run.device)
+        videos = videos / 127.5 - 1
         adversary = discriminator if step >= config.disc_start else None
         with autocast(run.device):
             fake, losses = tokenizer(videos)
@@ -1161,9 +1174,9 @@ def train_prior(config, data, run, tokenizer):
         tokens, labels, scores, index = shard(all_tokens[index].flatten(1), labels, scores, index, device=run.device)
         known, condition = known_codes(task, len(tokens), config, run.device), tokens       # CG: known nowhere
         if task != "CG":
-            seen = condition_video(task, videos[index.cpu()].to(run.device) / 127.5 - 1, config.known_frames)
             with torch.no_grad():                                               # float32, as the clips' own codes
-                condition = tokenizer.encode(seen).flatten(1)
+                seen = videos[index.cpu()].to(run.device) / 127.5 - 1
+                condition = condition_codes(tokenizer, task, seen, config)
         with autocast(run.device):
             prefix = prefix_of(len(tokens) * [task], labels, config)
             loss, metrics = prior.loss(prefix, tokens, condition, known, scores, ratio)
@@ -1333,6 +1346,8 @@ def from_official(source, config=None):
         wrong = [names[key] for key, p in model.named_parameters() if key not in state or state[key].shape != p.shape]
         wrong += [key for key in given if key not in names.values()]
         found.append((wrong, model, state))
+        if not wrong:
+            break
     wrong, model, state = min(found, key=lambda each: len(each[0]))
     if wrong:
         raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
@@ -1367,10 +1382,11 @@ def check(config):
          f"schedule {c.schedule!r} is unknown: cosine, {', '.join(POWERS)}, log, exponential, or pow2.5 and the like")
     wrong = [task for task in c.tasks.split() if task not in TASKS]
     need(c.tasks.split() and not wrong, f"task {' '.join(wrong)} is unknown: {' '.join(TASKS)}")
+    first, last = c.known_code_frames
+    told = {"start": (c.known_frames, first), "ends": (2 * c.known_frames, first + last)}   # frames, frames of codes
     for task in c.tasks.split():
-        ends = {"start": (1, 0), "ends": (1, 1)}.get(TASKS[task][0], (0, 0))
-        need(all(a * ends[0] + b * ends[1] < total for a, b, total in (
-            (c.known_frames, c.known_frames, c.frames), (*c.known_code_frames, c.latent_shape[0]))) or not any(ends),
+        frames, codes = told.get(kind := TASKS[task][0], (0, 0))
+        need(kind not in told or frames < c.frames and codes < c.latent_shape[0],
              f"{task} with {c.known_frames} known frames leaves nothing to tell of {c.frames}, or of their "
              f"{c.latent_shape[0]} frames of codes")
     need(c.multi_task or len(set(c.tasks.split())) == 1, "several tasks need --multi-task")
@@ -2014,7 +2030,7 @@ def sample_command(args, run, tokenizer, prior):
 
 def edit_command(args, run, tokenizer, prior):
     """Test clips, or given ones: each, what a task shows of it, what the model makes of that."""
-    out_gif(args, run, "samples.gif")
+    out = out_gif(args, run, "edit.gif")
     videos, labels = read_clips(args, run, args.num or 6)
     known = list(dict.fromkeys(task for task in run.config.tasks.split() if task != "CG"))
     wanted = args.task or known
@@ -2024,11 +2040,12 @@ def edit_command(args, run, tokenizer, prior):
         if "CFP" in wanted and run.config.num_classes and not args.labels:
             raise UserError("CFP continues clips by class: give --labels, one for each or one for all")
         labels = read_labels(args.labels, run, len(videos))
-    for task in wanted:
-        edit(args, run, tokenizer, prior, task, videos, labels)
+    for task in wanted:                                                         # a file for each
+        stem = task if not args.out else out.stem if len(args.task or ()) == 1 else f"{out.stem}_{task}"
+        edit(args, run, tokenizer, prior, task, videos, labels, out.with_stem(stem))
 
 
-def edit(args, run, tokenizer, prior, task, videos, labels):
+def edit(args, run, tokenizer, prior, task, videos, labels, out):
     """One task: each clip, what the task shows of it, what the model makes of that."""
     more = {} if task == "CFP" else {"guidance": 1.0}                           # no class: nothing to guide by
     draw = lambda videos, labels, **settings: sample(tokenizer, prior, labels, task=task, videos=videos,
@@ -2038,9 +2055,6 @@ def edit(args, run, tokenizer, prior, task, videos, labels):
     unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
     print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
     shown = torch.where(where, videos, 0.0)
-    out = out_gif(args, run, f"{task}.gif")
-    if args.out and len(args.task or ()) != 1:                                  # a file for each task
-        out = out.with_stem(f"{out.stem}_{task}")
     show(args, run, torch.stack([videos, shown, drawn], 1).flatten(0, 1), out, 3, "evaluate")
 
 
@@ -2057,8 +2071,7 @@ def task_losses(config, tokenizer, prior, task, videos, tokens, labels):
     """COMMIT's parts on clips uint8 and their tokens (n, N), whose shares of hidden codes are spread evenly."""
     known, condition, n = known_codes(task, len(tokens), config, tokens.device), tokens, len(tokens)
     if task != "CG":
-        seen = condition_video(task, videos / 127.5 - 1, config.known_frames)
-        condition = torch.cat([tokenizer.encode(part) for part in seen.split(16)]).flatten(1)
+        condition = torch.cat([condition_codes(tokenizer, task, part / 127.5 - 1, config) for part in videos.split(16)])
     ratio = schedule((torch.arange(n) + 0.5) / n, prior.places, config.schedule).to(tokens.device)
     scores = torch.rand(known.shape, generator=torch.Generator().manual_seed(0)).to(tokens.device)
     prefix = prefix_of(n * [task], class_of(task, labels, config), config)

@@ -404,7 +404,7 @@ def test_networks_have_the_released_names_and_shapes(path, monkeypatch):
     count = 370_547_349 if "om2" in path.name else release["n_params"]         # that list counts the discriminator too
     assert sum(p.numel() for p in net.parameters()) == count
     if hasattr(net, "config"):
-        assert net.config == magvit.PRESETS[preset] or not path.name.startswith("magvit_transformer")
+        assert net.config == magvit.PRESETS[preset]
     wrong = dict(list(given.items())[1:]) | {"more": torch.empty(3, device="meta")}
     with pytest.raises(UserError, match="the dict is no model of this paper: 2 names or shapes do not fit"):
         magvit.from_official(wrong)

@@ -21,8 +21,24 @@ def gflop(tokens, pairs, logits):
     return (LAYERS * (24 * WIDTH ** 2 * tokens + 4 * WIDTH * pairs) + 2 * WIDTH * V * logits) / 1e9
 
 
-WORK = {"MaskGIT": (STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),       # passes, GFLOP an image
-        "GPT, cached": (N, gflop(N, N * (N + 1) / 2, N)),
+def masked_work(n):
+    """Passes, GFLOP of n tokens and a class."""
+    return STEPS, gflop(STEPS * (n + 1), STEPS * (n + 1) ** 2, STEPS * n)
+
+
+def cached_work(n):
+    return n, gflop(n, n * (n + 1) / 2, n)
+
+
+def build_gpt(n):
+    """-> tokenizer, GPT over n codes in a square."""
+    c = vqgan_gpt.Config(image_size=int(n ** 0.5), ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS)
+    tokenizer, gpt = vqgan_gpt.build_tokenizer(c).eval(), vqgan_gpt.build_prior(c).eval()
+    tokenizer.decode = lambda indices: indices.float()                          # the decoder is no part of the comparison
+    return tokenizer, gpt
+
+
+WORK = {"MaskGIT": masked_work(N), "GPT, cached": cached_work(N),              # an image
         "GPT, uncached": (N, gflop(N * (N + 1) / 2, sum(i * i for i in range(1, N + 1)), N))}
 
 
@@ -32,9 +48,7 @@ def main():
     c = maskgit.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS,
                        disc_weight=0.0)
     masked = maskgit.build_prior(c).eval()
-    c = vqgan_gpt.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=1000, layers=LAYERS, width=WIDTH, heads=HEADS)
-    tokenizer, gpt = vqgan_gpt.build_tokenizer(c).eval(), vqgan_gpt.build_prior(c).eval()
-    tokenizer.decode = lambda indices: indices.float()                          # the decoder is no part of the comparison
+    tokenizer, gpt = build_gpt(N)
     for name, (passes, flops) in WORK.items():
         print(f"{name}: {passes} passes, {flops:.0f} GFLOP an image")
 

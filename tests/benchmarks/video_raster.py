@@ -8,27 +8,22 @@ from functools import partial
 
 import torch
 from common import compare
-from masked_raster import HEADS, LAYERS, STEPS, WIDTH, V, gflop
+from masked_raster import HEADS, LAYERS, STEPS, WIDTH, V, build_gpt, cached_work, masked_work
 
 import magvit
 import vqgan_gpt
 
 T, SIDE = 4, 16
 N = T * SIDE * SIDE
-WORK = {"MAGVIT": (STEPS, gflop(STEPS * (N + 1), STEPS * (N + 1) ** 2, STEPS * N)),        # passes, GFLOP a clip
-        "GPT, cached": (N, gflop(N, N * (N + 1) / 2, N))}
 
 
 def main():
     torch.manual_seed(0)
     masked = magvit.build_prior(magvit.Config(
-        frames=T, image_size=SIDE, ch_mult=(1,), temporal=(), codebook_size=V, num_classes=101, tasks="CG", multi_task=False, layers=LAYERS,
+        frames=T, image_size=SIDE, ch_mult=(1,), temporal=(), codebook_size=V, num_classes=1000, tasks="CG", multi_task=False, layers=LAYERS,
         width=WIDTH, heads=HEADS)).eval()
-    side = int(N ** 0.5)
-    c = vqgan_gpt.Config(image_size=side, ch_mult=(1,), codebook_size=V, num_classes=101, layers=LAYERS, width=WIDTH, heads=HEADS)
-    tokenizer, gpt = vqgan_gpt.build_tokenizer(c).eval(), vqgan_gpt.build_prior(c).eval()
-    tokenizer.decode = lambda indices: indices.float()                          # the decoder is no part of the comparison
-    for name, (passes, flops) in WORK.items():
+    tokenizer, gpt = build_gpt(N)
+    for name, (passes, flops) in {"MAGVIT": masked_work(N), "GPT, cached": cached_work(N)}.items():
         print(f"{name}: {passes} passes, {flops:.0f} GFLOP a clip")
     for batch in [int(word) for word in sys.argv[1:]] or [1, 16]:
         decode = partial(magvit.decode_tokens, masked, torch.full((batch, 1), V, dtype=torch.long), steps=STEPS)
