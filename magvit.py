@@ -226,8 +226,8 @@ EIGHT = dict(tasks="FP FI OPH OPV OPC OPD IPC IPD", multi_task=True, train_steps
 PRESETS = {
     "demo": Config(),
     "moving_mnist": Config(data="moving_mnist", num_classes=10, known_frames=2, ch_mult=(1, 2, 4),
-                           temporal=(1, 0), codebook_size=64, train_steps_images=1500, train_steps_prior=4000,
-                           train_steps_tokenizer=1500, batch_size_prior=8, guidance=1.5),
+                           temporal=(1, 0), codebook_size=64, tasks="CG CG FP CFP FI IPC IPD",
+                           train_steps_tokenizer=500, train_steps_prior=3200, batch_size_prior=8, guidance=2.0),
     "ucf101-b": Config(**UCF101),
     "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000, warmup_tokenizer=37)),
     "bair-b": Config(**BAIR),
