@@ -1,7 +1,9 @@
-"""Prints README's table from notebooks/reports/*.json:   python tests/table.py
+"""Prints README's tables:   python tests/table.py [exactness]
 
-Each report is the report.json of a run, kept under the name of its file and preset (pixelcnn_mnist.json).
+Figures: from notebooks/reports/*.json, each the report.json of a run, kept under the name of its file and preset (pixelcnn_mnist.json).
+exactness: what is recorded in tests/golden, of whose code.
 """
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -30,5 +32,30 @@ def table(folder=REPORTS):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def exactness(folder=Path(__file__).resolve().parent / "golden"):
+    """A row for each file and each code it is compared with; released weights: lists of names and shapes that from_official must fit."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from test_golden import LEFT_OUT
+    counted = {}
+    for path in sorted(folder.glob("*_*_*.json")):
+        golden = json.loads(path.read_text())
+        repository, at, commit, *_ = golden["source"].split()
+        row = counted.setdefault((FILE_OF.get(path.name.split("_")[0], path.name.split("_")[0]), f"{repository} @ {commit[:7]}"), [0, 0])
+        left = len(LEFT_OUT.get(path.stem.rsplit("_", 1)[0], {}).keys() & golden["outputs"].keys())
+        row[0] += len(golden["outputs"]) - left
+        row[1] += left
+    lists = [json.loads(gzip.decompress(path.read_bytes())) for path in sorted(folder.glob("*.json.gz"))]
+    lines = ["| file | compared with | outputs compared | left out, with the reason |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{file}.py` | {source} | {done} | {left} |" for (file, source), (done, left) in sorted(counted.items())]
+    return "\n".join(lines) + f"\n| all | | {sum(done for done, _ in counted.values())} | {sum(left for _, left in counted.values())} |", len(lists)
+
+
+FILE_OF = {"vqgan": "vqgan_gpt", "movq": "rqvae"}                               # the start of a golden file's name, where it is not the file's
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    if sys.argv[1:] == ["exactness"]:
+        text, number = exactness()
+        sys.stdout.write(f"{text}\n\nreleased checkpoints whose names and shapes must fit: {number}\n")
+    else:
+        sys.stdout.write(table() + "\n")

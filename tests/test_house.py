@@ -118,6 +118,14 @@ def test_readme_table_is_what_the_reports_say():
     assert table.table() in (ROOT / "README.md").read_text(), "python tests/table.py prints another table"
 
 
+def test_readme_says_what_is_compared():
+    """Planted: one figure typed by hand; another number of lists."""
+    import table
+    text, lists = table.exactness()
+    readme = (ROOT / "README.md").read_text()
+    assert text in readme and f"{lists} released checkpoints" in readme, "python tests/table.py exactness prints another table"
+
+
 def test_readme_names_only_flags_and_verbs_that_exist():
     """Every `python FILE.py ...` of README and of the docstrings parses."""
     for path in (ROOT / "README.md", *(ROOT / f"{name}.py" for name in FILES)):
