@@ -119,7 +119,7 @@ class Config:
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real clips
     lecam_weight: float = 0.0       # weight of LeCam's term (paper: 0.001; released configs: 0)
     # transformer
-    tasks: str = "CG CG CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # one a step; named twice: twice as often
+    tasks: str = "CG CG CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # in quotes; one a step; twice: twice as often
     known_frames: int = 1           # frames that FP and CFP know at the start, FI at both ends (Kinetics-600: 5)
     multi_task: bool = True         # several tasks: a task token before the class (off: one task, no token)
     token_bits: tuple = ()          # a code's bits in parts, each with a table of its own (v2: 9 9; empty: one table)
@@ -156,7 +156,8 @@ class Config:
     guidance: float = 3.0           # logits = no class + guidance (class - no class) (release: 1, none)
 
     def __post_init__(self):
-        self.ch_mult, self.temporal, self.token_bits = map(tuple, (self.ch_mult, self.temporal, self.token_bits))
+        self.ch_mult, self.temporal, self.disc_mult, self.token_bits = map(tuple, (
+            self.ch_mult, self.temporal, self.disc_mult, self.token_bits))
         self.codebook_size = 2 ** self.code_dim if self.causal else self.codebook_size
 
     @property
@@ -2027,8 +2028,8 @@ def sample_command(args, run, tokenizer, prior):
     labels = read_labels(args.labels, run, args.num or 4 * columns)
     videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())
     show(args, run, videos, out, columns, "edit" if set(run.config.tasks.split()) > {"CG"} else "evaluate")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # last: the picture may not be writable
 
 
 def edit_command(args, run, tokenizer, prior):

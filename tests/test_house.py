@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_presets_are_valid_and_demo_is_the_default(file):
     real = {"moving_mnist"} if hasattr(module.Config, "frames") else {"mnist", "cifar10"}
     assert {"demo"} | real <= set(module.PRESETS) and module.PRESETS["demo"] == module.Config()
     for config in module.PRESETS.values():
+        assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config, "config.json gives another Config: no resume"
         module.check(config)
 
 
