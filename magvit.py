@@ -1959,7 +1959,8 @@ def load(args):
     """What a verb works on: run, tokenizer, prior; of a released tokenizer alone there is no prior."""
     if not getattr(args, "official", None):
         if not args.run:
-            raise UserError("name a run folder, or give --official TOKENIZER")
+            other = ", or give --official TOKENIZER" if hasattr(args, "official") else ""
+            raise UserError(f"name a run folder{other}")
         return load_run(args.run)
     if args.run:                                                                # a clip stands where a run would
         args.clips = [args.run, *args.clips]

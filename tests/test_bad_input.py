@@ -915,7 +915,7 @@ def write_gif(path, frames, size=20):
     (["--tasks", "FP XY"], ["task XY is unknown", "CG FP CFP"]),
     (["--tasks", ""], ["task", "CG FP CFP"]),
     (["--no-multi-task"], ["several tasks need --multi-task"]),
-    (["--ch", "10"], ["ch 10", "groups, 4"]),
+    (["--ch", "10", "--groups", "4"], ["ch 10", "groups, 4"]),
     (["--width", "130"], ["width 130", "heads, 4"]),
     (["--temporal"], ["temporal needs 3 numbers"]),
     (["--padding", "edge"], ["padding 'edge'", "reflect"]),
