@@ -1492,7 +1492,7 @@ def draw_motions(seed, indices, frames, size):
     middle = np.zeros_like(wave)
     cx = np.choose(labels[:, None], (0.4 * wave, middle, 0.4 * np.cos(angle), middle))
     cy = np.choose(labels[:, None], (middle, 0.4 * wave, 0.4 * np.sin(angle), middle))
-    R = np.where(labels[:, None] == 3, 0.5 + 0.25 * wave, np.float32(0.55))
+    R = np.where(labels[:, None] == MOTIONS.index("growing"), 0.5 + 0.25 * wave, np.float32(0.55))
     axis = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1               # pixel centres; half the side = 1
     coverage = np.empty((len(labels), frames, size, size), np.float32)
     for kind, shape in enumerate(SHAPES):

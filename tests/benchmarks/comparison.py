@@ -13,13 +13,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from common import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 REPORTS, MINUTES = ROOT / "notebooks" / "reports", 8
 FILES = "pixelcnn vqvae2 vqgan_gpt rqvae maskgit magvit var mar".split()
 SIZE, NUMBER = 24, {"train": 20_000, "test": 2_000}
