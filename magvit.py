@@ -226,9 +226,9 @@ LARGE = dict(ch=128, disc_width=128, batch_size=256, width=1024, heads=16, layer
 EIGHT = dict(tasks="FP FI OPH OPV OPC OPD IPC IPD", multi_task=True, train_steps_prior=202_800)
 PRESETS = {
     "demo": Config(),
-    "moving_mnist": Config(data="moving_mnist", num_classes=10, known_frames=2, ch_mult=(1, 2, 4),
+    "moving_mnist": Config(data="moving_mnist", image_size=24, num_classes=10, known_frames=2, ch_mult=(1, 2, 4),
                            temporal=(1, 0), codebook_size=64, tasks="CG CG FP CFP FI IPC IPD",
-                           train_steps_tokenizer=500, train_steps_prior=3200, batch_size_prior=8, guidance=2.0),
+                           train_steps_tokenizer=800, train_steps_prior=10_000, guidance=2.0),
     "ucf101-b": Config(**UCF101),
     "ucf101-l": Config(**UCF101 | LARGE | dict(train_steps_tokenizer=74_000, warmup_tokenizer=37)),
     "bair-b": Config(**BAIR),

@@ -5,7 +5,7 @@
 class agreement   share of the samples that the judge takes for the class they were asked to be
 frechet           Frechet distance between Gaussians fitted to the judge's 128 features of samples and of real test images
                   (not comparable with FID, whose features come from an Inception network; smaller is better; it grows
-                  when there are few samples, so the same number of real images is given as its floor)
+                  when there are few samples, so the same number of real images is given as its floor, where there are more than that)
 spread            mean distance of the features of two samples of the same class: how varied they are (labels needed)
 judge_accuracy    of the judge itself on real test images it was not trained on
 
@@ -119,9 +119,10 @@ def judge_samples(images, labels, data="shapes", data_dir="data"):
     """images uint8 (N, 3, H, W) or clips (N, 3, T, H, W), labels int64 (N,) or None -> dict of figures; see the top of this file."""
     judge, accuracy, real_features = get_judge(data, data_dir, images.shape[2] if images.ndim == 5 else 0)
     features = run(judge, images, slice(-1))
-    few = torch.randperm(len(real_features), generator=torch.Generator().manual_seed(0))[:len(images)]
-    figures = {"frechet": frechet_distance(features, real_features), "frechet_of_as_many_real": frechet_distance(real_features[few], real_features),
-               "judge_accuracy": accuracy, "judged_samples": len(images)}
+    figures = {"frechet": frechet_distance(features, real_features), "judge_accuracy": accuracy, "judged_samples": len(images)}
+    if len(images) < len(real_features):                                        # else all real ones would be compared with themselves
+        few = torch.randperm(len(real_features), generator=torch.Generator().manual_seed(0))[:len(images)]
+        figures["frechet_of_as_many_real"] = frechet_distance(real_features[few], real_features)
     if labels is not None:
         figures["class_agreement"] = (run(judge, images).argmax(1) == labels).float().mean().item()
         figures["spread"] = class_spread(features, labels) if labels.bincount().max() > 1 else 0.0

@@ -146,6 +146,17 @@ def test_known_codes_are_of_known_frames():
         assert known[0, :, 0, 0].tolist() == wanted and torch.equal(known[0], known[1]) and (known == known[:, :, :1, :1]).all()
 
 
+@torch.no_grad()
+def test_condition_codes_are_those_of_the_condition_video():
+    """Planted: one known frame, whatever the configuration says."""
+    config = dataclasses.replace(TINY, known_frames=2)
+    (tokenizer, _), videos = build(config), clips(config)
+    for task in ("FP", "CFP", "FI"):
+        codes = magvit.condition_codes(tokenizer, task, videos, config)
+        assert torch.equal(codes, tokenizer.encode(magvit.condition_video(task, videos, 2)).flatten(1))
+        assert not torch.equal(codes, tokenizer.encode(magvit.condition_video(task, videos, 1)).flatten(1))
+
+
 def test_linear_condition_is_a_line():
     videos = clips()
     seen = magvit.condition_video("FI", videos)
@@ -242,7 +253,32 @@ def test_training_asks_all_tasks_and_drops_labels(tmp_path, monkeypatch):
             assert torch.equal(condition, tokenizer.encode(magvit.condition_video(task, data.train[0][index] / 127.5 - 1)).flatten(1))
 
 
+def test_single_frames_are_learned_first_and_carried_over(tmp_path, monkeypatch):
+    """The 2D stage is shown every frame of a clip; the 3D stage begins with its averaged weights.
+    Planted: the first frame alone; no inflation; an average that never moves; the 3D stage's learning rate in the 2D one."""
+    config = dataclasses.replace(TINY, train_steps_images=30, batch_size_images=4, lr_images=1e-3, warmup_tokenizer=1, train_steps_tokenizer=1, lr_tokenizer=1e-12)
+    data, seen, forward = magvit.load_data(config), [], VideoTokenizer.forward
+    data.train[0].copy_((10 * torch.arange(TINY.frames)).view(-1, 1, 1))                # frame t: 10 t everywhere
+    monkeypatch.setattr(VideoTokenizer, "forward", lambda self, videos: (seen.append(videos), forward(self, videos))[1])
+    whole = magvit.train_tokenizer(config, data, magvit.Run(tmp_path / "a", config, data.classes)).encoder.conv_in.weight
+    assert {round(127.5 * (value.item() + 1)) for videos in seen[:30] for value in videos[:, 0, 0, 0, 0]} == set(range(0, 10 * TINY.frames, 10))
+    assert all(videos.shape[2] == 1 for videos in seen[:30]) and seen[-1].shape[2] == TINY.frames
+    flat = magvit.train_autoencoder(config.of_images, data, magvit.Run(tmp_path / "b", config, data.classes), "images")[0].encoder.conv_in.weight
+    torch.manual_seed(config.seed)
+    first = magvit.build_tokenizer(config.of_images).encoder.conv_in.weight
+    torch.testing.assert_close(whole[:, :, 1], flat[:, :, 0])
+    assert (flat - first).abs().max() > 1e-3
+
+
 # --- decoding
+
+def test_temperature_sharpens():
+    """Towards 0 the draws are the same whatever the noise, at 1 they are not. Planted: logits multiplied by it."""
+    _, prior = build()
+    prefix = magvit.prefix_of(8 * ["CG"], torch.arange(8) % 4, TINY)
+    draw = lambda seed, temperature: decode_tokens(prior, prefix, steps=2, temperature=temperature, choice_temperature=0, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0, 1e-6), draw(1, 1e-6)) and not torch.equal(draw(0, 1.0), draw(1, 1.0))
+
 
 def test_counts_of_the_paper():
     """1024 codes, 12 steps: in float32, as released (511, not 512, after step 8)."""
@@ -252,11 +288,12 @@ def test_counts_of_the_paper():
 
 @pytest.mark.parametrize("task,mode", [("CG", "commit"), ("FP", "commit"), ("IPD", "commit"), ("OPC", "paste")])
 def test_decoding_keeps_what_was_fixed(task, mode):
-    """Each pass hides fewer; a code once shown is never hidden again; COMMIT draws known places anew, "paste" keeps them. Planted: scores of shown codes."""
+    """Each pass hides fewer; a code once shown is never hidden again; COMMIT draws known places anew, "paste" keeps them.
+    Planted: scores of shown codes; as many hidden again, where the schedule says so (40 passes)."""
     _, prior = build()
     known, trace = region(task, GRID).expand(2, *GRID).flatten(1), []
     condition = torch.randint(16, (2, prior.places))
-    tokens = decode_tokens(prior, magvit.prefix_of(2 * [task], torch.tensor([9, 9]), TINY), condition, known, steps=6, mode=mode, trace=trace,
+    tokens = decode_tokens(prior, magvit.prefix_of(2 * [task], torch.tensor([9, 9]), TINY), condition, known, steps=40, mode=mode, trace=trace,
                            generator=torch.Generator().manual_seed(0))
     hidden = [step["hidden"] for step in trace[:-1]]
     assert all((b.sum(1) < a.sum(1)).all() and not (b & ~a).any() for a, b in zip(hidden, hidden[1:]))
@@ -305,6 +342,9 @@ def test_motions_move_as_they_say():
                  "growing": (x[k] < 3.2) & (y[k] < 1.5) & (area[k].max(1) > 1.25 * area[k].min(1))}
         assert moves[name].mean() > 0.98, name
         assert name == "growing" or (1.2 < np.median(step) < 2.6 and step.max() < 2.7)     # pixels a frame: evenly, never a jump
+        if name == "turning":                                                               # both ways round
+            (ax, ay), (bx, by) = (centre[k, t].T - centre[k].mean(1).T for t in (0, 1))
+            assert 0.3 < (ax * by > ay * bx).mean() < 0.7
 
 
 def test_bouncing_digits_stay_whole():

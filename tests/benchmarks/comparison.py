@@ -26,8 +26,8 @@ SIZE, NUMBER = 24, {"train": 20_000, "test": 2_000}
 MORE = {   # file: flags, and by what its steps are more than the demo's for equal time (smaller pictures; measured)
     "vqvae2": (["--image-size", str(SIZE)], 1.6),
     "magvit": (f"--image-size {SIZE} --frames 1 --time-kernel 1 --temporal 0 0 --ch-mult 1 2 4 --tasks CG --no-multi-task --num-classes 9 --train-steps-images 0 "
-               "--batch-size 8 --lr-tokenizer 2e-3 --batch-size-prior 64".split(), 1.0)}
-STEPS = {"magvit": {"train_steps_tokenizer": 2500, "train_steps_prior": 4000}}  # in place of the demo's, which has three stages
+               "--ch 16 --batch-size 16 --lr-tokenizer 2e-3 --guidance 2.5 --temperature 0.7".split(), 1.0)}
+STEPS = {"magvit": {"train_steps_tokenizer": 2500, "train_steps_prior": 5000}}  # in place of the demo's, which has three stages
 
 
 def one_frame_clips(folder):
@@ -79,14 +79,15 @@ def one(name, seed, share):
         images = torch.from_numpy(file["arr_0"].reshape(-1, *file["arr_0"].shape[-3:])).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["labels"])
     report = json.loads((run / "report.json").read_text()) | judge_samples(images, labels)
-    report |= {"seed": seed, "images_per_second": {number: number / value for number, value in seconds.items()}}
+    report |= {"seed": seed, "threads": torch.get_num_threads(), "images_per_second": {number: number / value for number, value in seconds.items()},
+               "command": f"python tests/benchmarks/comparison.py {name} --seed {seed}"}
     if share == 1:
         folder = REPORTS / "comparison"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}_{seed}.json").write_text(json.dumps(report, indent=1) + "\n")
         module.save_grid(images[torch.argsort(labels, stable=True)].view(9, 100, *images.shape[1:])[:, :4].transpose(0, 1).flatten(0, 1) / 127.5 - 1,
                          folder / f"{name}_{seed}.png", 9)
-    print(json.dumps({key: report[key] for key in ("train_seconds", "psnr", "frechet", "class_agreement", "images_per_second", "peak_memory_mib")}), flush=True)
+    print(json.dumps({key: report.get(key) for key in ("train_seconds", "psnr", "frechet", "class_agreement", "images_per_second", "peak_memory_mib")}), flush=True)
 
 
 def main():
