@@ -1,11 +1,11 @@
-"""All eight files on the same nine shapes: about eight minutes of training each on two cores.
+"""All eight files on the same nine shapes: training steps for about eight minutes each on two cores (nine on one).
 
     python tests/benchmarks/comparison.py [FILE ...] [--seed N] [--share X]
 
 Each file's demo, with its steps stretched from the demo's minutes (notebooks/reports) to eight, on 6 x 6 places of codes of 24 x 24 pixels where the paper
 allows: VQ-VAE-2 has 3 x 3 besides, RQ-VAE four codes a place, MAR 3 x 3 latents a token, VAR five maps up to 6 x 6; PixelCNN has no codes, but 16 x 16
 pixels. MAGVIT has clips of one frame. Trains into runs/comparison, samples 900 pictures, has them judged, and writes
-notebooks/reports/comparison/FILE_SEED.json; what is there is not made again. --share 0.01: a hundredth of the steps, to try it out, nothing is kept.
+notebooks/reports/comparison/FILE_SEED.json and .png, and comparison.png of all eight; what is there is not made again. --share 0.01: a hundredth of the steps, to try it out, nothing is kept.
 """
 import argparse
 import importlib
@@ -43,16 +43,16 @@ def one_frame_clips(folder):
 
 
 def timed(module, seconds):
-    """Replaces the module's sample by one that notes its seconds for one and for all of a batch."""
+    """The module's sample, which first notes its seconds for 1 and for 16 pictures."""
     original = module.sample
 
     def sample(tokenizer, prior, labels, **more):
-        for number in (1, len(labels)):
-            start, few = time.perf_counter(), {k: v[:number] if k == "videos" else v for k, v in more.items()}
-            images = original(tokenizer, prior, labels[:number], **few)
+        for number in (1, 16):
+            start = time.perf_counter()
+            original(tokenizer, prior, labels.repeat(16)[:number], **more)
             seconds[number] = time.perf_counter() - start
-        return images
-    module.sample = sample
+        return original(tokenizer, prior, labels, **more)
+    return sample
 
 
 def one(name, seed, share):
@@ -70,7 +70,7 @@ def one(name, seed, share):
     else:
         module.main(["train", "--resume", str(run)])
     seconds, original = {}, module.sample
-    timed(module, seconds)
+    module.sample = timed(module, seconds)
     module.main(["evaluate", str(run)])
     module.sample = original
     module.main(["sample", str(run), "--num", "900"])
@@ -79,6 +79,7 @@ def one(name, seed, share):
         images = torch.from_numpy(file["arr_0"].reshape(-1, *file["arr_0"].shape[-3:])).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["labels"])
     report = json.loads((run / "report.json").read_text()) | judge_samples(images, labels)
+    del report["samples_per_second"]                                            # of evaluate: timed with the rest
     report |= {"seed": seed, "threads": torch.get_num_threads(), "images_per_second": {number: number / value for number, value in seconds.items()},
                "command": f"python tests/benchmarks/comparison.py {name} --seed {seed}"}
     if share == 1:
@@ -88,6 +89,17 @@ def one(name, seed, share):
         module.save_grid(images[torch.argsort(labels, stable=True)].view(9, 100, *images.shape[1:])[:, :4].transpose(0, 1).flatten(0, 1) / 127.5 - 1,
                          folder / f"{name}_{seed}.png", 9)
     print(json.dumps({key: report.get(key) for key in ("train_seconds", "psnr", "frechet", "class_agreement", "images_per_second", "peak_memory_mib")}), flush=True)
+
+
+def picture():
+    """All files' samples on one sheet: notebooks/reports/comparison.png."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 4, figsize=(18, 4.6), layout="constrained")
+    for axis, name in zip(axes.flat, FILES):
+        axis.imshow(plt.imread(REPORTS / "comparison" / f"{name}_0.png"), interpolation="nearest")
+        axis.set_title(f"{name}.py", fontsize=15)
+        axis.axis("off")
+    figure.savefig(REPORTS / "comparison.png", dpi=80)
 
 
 def main():
@@ -103,6 +115,8 @@ def main():
         if args.share < 1 or not (REPORTS / "comparison" / f"{name}_{args.seed}.json").exists():
             print(f"== {name}, seed {args.seed}", flush=True)
             subprocess.run([sys.executable, __file__, name, "--inside", "--seed", str(args.seed), "--share", str(args.share)], check=True)
+    if all((REPORTS / "comparison" / f"{name}_0.png").exists() for name in FILES):
+        picture()
 
 
 if __name__ == "__main__":
