@@ -1615,6 +1615,7 @@ def read_folder(source, config):
         except UserError:
             if not config.skip_corrupt:
                 raise
+            tqdm.write(f"left out: {path}")
     return classes, splits
 
 
@@ -1672,7 +1673,7 @@ def shard(*tensors, device):
     """This process's part of a global batch, on the device."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if len(tensors[0]) % world:
-        raise UserError(f"batch_size {len(tensors[0])} is not divisible by {world} processes")
+        raise UserError(f"a batch of {len(tensors[0])} is not divisible by {world} processes")
     return [t[rank::world].to(device) for t in tensors]
 
 
@@ -1715,7 +1716,8 @@ class Run:
                 dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
-            with explain(f"{folder} holds no checkpoint.pt to go on from", f"start a run with train --out {folder}"):
+            hint = "name a run folder" if self.folder.is_file() else f"start a run with train --out {folder}"
+            with explain(f"{folder} holds no checkpoint.pt to go on from", hint):
                 data = io.BytesIO(self.checkpoint.read_bytes())
             with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
@@ -1946,7 +1948,8 @@ def read_labels(words, run, num):
     classes, count = run.state["classes"], run.config.num_classes
     if words and not count:
         raise UserError(f"{run.folder} was trained without classes: leave --labels out")
-    labels = [classes.index(word) if word in classes else int(word) if word.isdecimal() else -1 for word in words or ()]
+    number = lambda word: int(word[:9]) if word.isdecimal() else -1            # more digits: unknown all the same
+    labels = [classes.index(word) if word in classes else number(word) for word in words or ()]
     for word, label in zip(words or (), labels):
         if not 0 <= label < count:
             names = f", or {', '.join(classes)}" if not classes[0].isdecimal() else ""

@@ -96,12 +96,13 @@ def test_empty_folder(module, fails, tmp_path):
     fails(module, "train", *TINY, "--data", tmp_path / "data", "--out", tmp_path / "run", says=["no", "train/<class>/"])
 
 
-def test_corrupt_image_is_named_and_can_be_skipped(module, fails, tmp_path):
+def test_corrupt_image_is_named_and_can_be_skipped(module, fails, tmp_path, capsys):
     make_images(tmp_path / "data", corrupt=True)
     words = ["train", *TINY, "--batch-size", "2", "--data", tmp_path / "data", "--out", tmp_path / "run"]
     fails(module, *words, says=["train/cat/03.png", "--skip-corrupt"])
     config = module.Config(data=str(tmp_path / "data"), image_size=8, num_classes=2, skip_corrupt=True)
     data = module.load_data(config)
+    assert "left out: train/cat/03.png" in capsys.readouterr().out
     assert data.classes == ["cat", "dog"] and len(data.train[0]) + len(data.test[0]) == 21 and len(data.test[0]) == 2
 
 
@@ -147,9 +148,14 @@ def test_damaged_mnist_file(module, fails, tmp_path, damage, says):
     fails(module, "train", "--preset", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "run", says=[file.name, says, "delete it"])
 
 
-@pytest.mark.parametrize("words, says", [(["--labels", "9"], ["9", "0 to 8", "circle"]), (["--labels", "-1"], ["-1"]), (["--labels", "cat"], ["cat", "star"])])
+@pytest.mark.parametrize("words, says", [(["--labels", "9"], ["9", "0 to 8", "circle"]), (["--labels", "-1"], ["-1"]), (["--labels", "cat"], ["cat", "star"]), (["--labels", "9" * 5000], ["0 to 8"])])
 def test_unknown_labels(module, fails, run, words, says):
     fails(module, "sample", run, *words, says=says)
+
+
+def test_a_photo_is_no_run(module, fails, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
+    fails(module, "reconstruct", tmp_path / "photo.png", says=["photo.png", "name a run folder"])
 
 
 def test_photos_of_a_model_with_classes_need_labels(module, fails, run, tmp_path):
@@ -707,7 +713,7 @@ def test_two_processes_need_a_divisible_batch(module, monkeypatch):
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
-    with pytest.raises(module.UserError, match="batch_size 3 is not divisible by 2"):
+    with pytest.raises(module.UserError, match="a batch of 3 is not divisible by 2"):
         module.shard(torch.zeros(3), device="cpu")
 
 
