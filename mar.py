@@ -133,7 +133,7 @@ class Config:
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer
     cosine: bool = True             # after the warm-up a cosine to lr_end (release: constant)
-    lr_end: float = 0.0             # the transformer's last learning rate, with the cosine
+    lr_end: float = 0.0             # the transformer's last learning rate in units of lr_prior
     weight_decay: float = 0.02      # of the transformer's matrices and tables
     clip: float = 3.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.998              # decay of the average of the weights that samples come from (release: 0.9999)
@@ -1081,7 +1081,7 @@ def train_prior(config, data, run, tokenizer):
         run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train_steps_prior, config.lr_prior, config.warmup, config.cosine,
-                                        config.lr_end)
+                                        config.lr_end * config.lr_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
     return ema.eval()
@@ -1820,8 +1820,8 @@ def sample_command(args, run, tokenizer, prior):
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 # Copied from maskgit.py

@@ -95,7 +95,7 @@ class Config:
     train_steps_prior: int = 4000   # steps of training
     lr: float = 3e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
     warmup: int = 100               # steps of that warm-up (0: a constant learning rate)
-    clip: float = 1.0               # gradients are scaled down to this norm
+    clip: float = 1.0               # gradients are scaled down to this norm (0: never)
     ema: float = 0.999              # decay of the average of the weights that samples and likelihoods come from
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
@@ -571,7 +571,7 @@ def train_prior(config, data, run, tokenizer):
         optimizer.zero_grad()
         loss.backward()
         average(*(p.grad for p in prior.parameters()))
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
         run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
         set_lr(optimizer, config.lr, step, config.warmup, config.train_steps_prior)
         optimizer.step()
@@ -600,11 +600,11 @@ def check(config):
         value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
     for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
-                         ("warmup train_images test_images train_steps_prior num_classes", 0),
+                         ("warmup clip train_images test_images train_steps_prior num_classes", 0),
                          ("temperature", 1e-3)):
         for name in names.split():
             need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
-    need(config.lr > 0 and config.clip > 0 and 0 <= config.ema <= 1, "lr and clip must be positive, ema 0 to 1")
+    need(config.lr > 0 and 0 <= config.ema <= 1, "lr must be positive, ema 0 to 1")
     need(0 <= config.seed < 2 ** 63, f"seed {config.seed}: 0 to 2**63 - 1")
     need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
     need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
@@ -1125,8 +1125,8 @@ def sample_command(args, run, tokenizer, prior):
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 def complete_command(args, run, tokenizer, prior):

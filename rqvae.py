@@ -125,7 +125,7 @@ class Config:
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 5e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 30                # the same of the transformer
-    clip: float = 1.0               # gradients of the transformer are scaled down to this norm
+    clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
@@ -1010,7 +1010,7 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(codes.flatten(1), labels, soft.flatten(1, 3) if config.soft_labels else None)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
         run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
@@ -1159,7 +1159,7 @@ def check(config):
                           "code_dim depth disc_layers disc_width width heads body_layers head_layers", 1),
                          ("codebook_size", 2), ("temperature", 1e-3),
                          ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
-                          "num_classes disc_start disc_weight beta", 0)):
+                          "num_classes disc_start disc_weight beta clip", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     for name in ("codebook_decay", "dropout", "label_dropout", "text_weight"):
@@ -1167,7 +1167,7 @@ def check(config):
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
     need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
-    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau >= 1e-8 and c.clip > 0, "lr, tau and clip must be positive")
+    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau >= 1e-8, "lr and tau must be positive")
     need(not c.lpips or c.image_size >= 16, f"LPIPS needs images of at least 16 pixels, these have {c.image_size}")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
@@ -1717,7 +1717,9 @@ def load(args):
         if not args.run:
             raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
         return load_run(args.run)
-    if args.run and "photos" in args:                                           # a photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, RQTransformer) or len(args.official) > 2:
@@ -1792,8 +1794,8 @@ def sample_command(args, run, tokenizer, prior):
     images = draw_images(args, run, tokenizer, prior, conditions)
     labels = conditions.cpu().numpy()
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels)
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()

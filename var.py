@@ -360,7 +360,7 @@ class MultiScaleQuantizer(nn.Module):
     """f (B, E, h, w) <-> tokens (B, L): each scale codes what the coarser ones left.   Source: models/quant.py.
 
     decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
-    unused for so many steps move to latents of the batch, the first process's.
+    unused for so many steps (none before that many) move to latents of the batch, the first process's.
     """
     def __init__(self, scales, size, dim, beta=0.25, decay=0.0, restart=0):
         super().__init__()
@@ -1855,8 +1855,8 @@ def sample_command(args, run, tokenizer, prior):
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 # Copied from maskgit.py

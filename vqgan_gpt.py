@@ -317,8 +317,8 @@ class VectorQuantizer(nn.Module):
 
     legacy (the release): mean (sg(e) - z)^2 + beta mean (e - sg(z))^2; else VQ-VAE's beta on the other, the commitment
     term. Values are equal, gradients are not: with legacy the encoder feels 1 / beta times the pull to its code.
-    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: of
-    several processes, the first one's latents take the place of unused codes.
+    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
+    unused for so many steps (none before that many) move to latents of the batch, the first process's.
     """
     def __init__(self, size, dim, beta=0.25, legacy=True, decay=0.0, restart=0):
         super().__init__()
@@ -1696,9 +1696,11 @@ def load(args):
         if not args.run:
             raise UserError("name a run folder, or give --official CHECKPOINT")
         return load_run(args.run)
-    model = from_official(args.official)
-    if "photos" in args and args.run:                                         # the first photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
+    model = from_official(args.official)
     tokenizer, prior = (model, None) if isinstance(model, VQGAN) else (model.first_stage_model, model)
     if prior is None and args.verb != "reconstruct":
         raise UserError(f"{args.official} is a tokenizer without a GPT: use it with reconstruct")
@@ -1775,8 +1777,8 @@ def sample_command(args, run, tokenizer, prior):
         conditions = labels
     images = draw_images(args, run, tokenizer, prior, conditions, size=(h, w))
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()

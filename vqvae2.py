@@ -1495,8 +1495,8 @@ def sample_command(args, run, tokenizer, prior):
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()
