@@ -2007,9 +2007,9 @@ def frame_psnr(a, b):
     return -10 * ((a - b) / 2).square().mean((1, 3, 4)).clamp(min=1e-10).log10()
 
 
-def in_parts(args, run, draw, *tensors):
+def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> clips, on the CPU."""
-    fields = dict(sample_steps=args.steps, schedule=args.schedule, temperature=args.temperature,
+    fields = dict(sample_steps=args.sample_steps, schedule=args.schedule, temperature=args.temperature,
                   choice_temperature=args.choice_temperature, guidance=args.guidance)
     config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
     check(config)
@@ -2030,7 +2030,7 @@ def sample_command(args, run, tokenizer, prior):
     out = out_gif(args, run, "samples.gif")
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 4 * columns)
-    videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
+    videos = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
     show(args, run, videos, out, columns, "edit" if set(run.config.tasks.split()) > {"CG"} else "evaluate")
     write_file(run.folder / "samples.npz", buffer.getbuffer())                  # last: the picture may not be writable
@@ -2058,7 +2058,7 @@ def edit(args, run, tokenizer, prior, task, videos, labels, out):
     more = {} if task == "CFP" else {"guidance": 1.0}                           # no class: nothing to guide by
     draw = lambda videos, labels, **settings: sample(tokenizer, prior, labels, task=task, videos=videos,
                                                      **settings | more)
-    drawn = in_parts(args, run, draw, videos, labels)
+    drawn = draw_images(args, run, draw, videos, labels)
     where = region(task, videos.shape[2:], run.config.known_frames)
     unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
     print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
@@ -2122,7 +2122,7 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = "run --out --num --seed --labels --steps --schedule --temperature --choice-temperature --guidance"
+RUN = "run --out --num --seed --labels --sample-steps --schedule --temperature --choice-temperature --guidance"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "--official": dict(metavar="FILE", help="released tokenizer (Open-MAGVIT2's for video)"),
@@ -2132,7 +2132,7 @@ FLAGS = {
     "--out": dict(help="GIF to write, with a contact sheet .png beside it (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
     "--num": dict(type=positive, help="clips to draw"),
-    "--steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
+    "--sample-steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
     "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
     "--temperature": dict(type=float, help="logits are divided by it (default: the run's)"),
     "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),

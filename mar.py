@@ -1814,7 +1814,7 @@ def draw_images(args, run, draw, *tensors):
                       for part in zip(*(t.split(at_once(run.config)) for t in tensors))])
 
 
-# Copied from var.py
+# Copied from maskgit.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)

@@ -1102,7 +1102,7 @@ def load(args):
     return load_run(args.run)
 
 
-def draw(args, run, tokenizer, prior, labels, known=None):
+def draw_images(args, run, tokenizer, prior, labels, known=None):
     temperature = run.config.temperature if args.temperature is None else args.temperature
     check(dataclasses.replace(run.config, temperature=temperature, seed=args.seed))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
@@ -1123,7 +1123,7 @@ def show(args, run, images, name, columns, following):
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
-    images = draw(args, run, tokenizer, prior, labels)
+    images = draw_images(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
     show(args, run, images, "samples.png", columns, "complete")
     write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
@@ -1138,7 +1138,7 @@ def complete_command(args, run, tokenizer, prior):
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))
     half = tokens[:, :S // 2 * S * prior.colours]
     labels, known = (t.repeat_interleave(num, 0).to(run.device) for t in (labels, half))
-    drawn = draw(args, run, tokenizer, prior, labels, known).cpu().unflatten(0, (-1, num))
+    drawn = draw_images(args, run, tokenizer, prior, labels, known).cpu().unflatten(0, (-1, num))
     shown = tokenizer.decode(tokens)[:, None].repeat(1, 2, 1, 1, 1)
     shown[:, 1, :, S // 2:] = 0
     show(args, run, torch.cat([shown, drawn], 1).flatten(0, 1), "completions.png", 2 + num, "evaluate")
@@ -1150,7 +1150,7 @@ def interpolate_command(args, run, tokenizer, prior):
         raise UserError("interpolate needs two classes: --labels A B")
     a, b = F.one_hot(read_labels(args.labels, run, 2), run.config.num_classes).float()
     vectors = [torch.lerp(a, b, k / 8).expand(args.num or 6, -1) for k in range(9)]
-    columns = [draw(args, run, tokenizer, prior, vector) for vector in vectors]
+    columns = [draw_images(args, run, tokenizer, prior, vector) for vector in vectors]
     show(args, run, torch.stack(columns, 1).flatten(0, 1), "interpolation.png", 9, "sample")
 
 
@@ -1176,20 +1176,20 @@ def evaluate_command(args, run, tokenizer, prior):
     sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0)).cpu()
     seconds = time.time() - start
     report = dict(
-        file="pixelcnn.py", data=run.config.data, model=run.config.model,
-        parameters=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
+        file=f"{NAME}.py", data=Path(run.config.data).name, image_size=run.config.image_size,
+        model=run.config.model, parameters=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         nats_per_token=nats / L, nats_per_image=nats, bits_per_dim=nats / L / math.log(2), test_images=len(images),
         unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
         psnr=float(psnr(images, tokenizer(images)[0]).mean()), peak_memory_mib=peak_memory(),
-        train_steps=run.state["progress"].get("prior", 0), train_seconds=run.state["seconds"],
+        train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        threads=torch.get_num_threads(), command=f"python pixelcnn.py evaluate {args.run}")
+        threads=torch.get_num_threads(), command=f"python {NAME}.py evaluate {run.folder}")
     print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
           f"(without context {entropy:.4f} nats per token, without anything {math.log(V):.4f})")
     if V == 2:
         print("protocol: dynamic binarisation, test bits from seed 0; the paper's 81.30 (PixelCNN) is on a static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
-    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {args.run}")
+    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
 FLAGS = {

@@ -99,7 +99,7 @@ class Config:
     codebook_size: int = 128        # V, codes, one table for all scales (release: 4096)
     beta: float = 0.25              # weight of the commitment term
     codebook_weight: float = 0.2    # weight of the whole quantizer's loss (paper: 1)
-    codebook_ema: float = 0.95      # decay of the running mean of latents that a code is (0: by gradient, as paper)
+    codebook_decay: float = 0.95    # decay of the running means that the codes are (0: by gradient, as the paper)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     l1_weight: float = 0.2          # weight of the absolute error beside the squared one
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
@@ -161,7 +161,7 @@ class Config:
 # The release: one tokenizer (its training: see Departs); transformers of depth d with d heads and 64 d channels
 SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=32,
-               codebook_size=4096, codebook_weight=1.0, codebook_ema=0.0, restart=0, lpips="download", disc_layers=3,
+               codebook_size=4096, codebook_weight=1.0, codebook_decay=0.0, restart=0, lpips="download", disc_layers=3,
                disc_width=64, batch_size=768, train_steps_tokenizer=400_000, disc_start=80_000, lr_tokenizer=3e-4,
                warmup_tokenizer=4000, temperature=1.0, top_k=900, top_p=0.96, guidance=2.5, log_every=50,
                save_every=2000)
@@ -180,7 +180,7 @@ PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10, scales=(1, 2, 3, 5, 7)),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, scales=(1, 2, 3, 4, 6, 8), ch=48, code_dim=16,
-                      codebook_size=512, codebook_ema=0.98, disc_start=2400, train_steps_tokenizer=3000, width=192,
+                      codebook_size=512, codebook_decay=0.98, disc_start=2400, train_steps_tokenizer=3000, width=192,
                       heads=6, depth=6, train_steps_prior=5000, lr_prior=1e-3, warmup=200),
     "imagenet256-d16": released(16, 256, 200, 768, 1e-4, 1e-3, 0.1),
     "imagenet256-d20": released(20, 256, 250, 768, 1e-4, 1e-3, 0.1),
@@ -472,7 +472,7 @@ class VQVAE(nn.Module):
         c, attention = config, (config.side,)                                   # at the coarsest level alone
         shape = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
         self.encoder, self.decoder = Encoder(3, *shape), Decoder(3, *shape)
-        self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_ema, c.restart)
+        self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_decay, c.restart)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1) for _ in range(2))
 
     def latents(self, images):
@@ -1188,7 +1188,7 @@ def from_official(source, config=None):
                 scales=scales, image_size=scales[-1] * 2 ** (depth - 1), num_classes=0, ch=ch, groups=32,
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(depth)],
                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), code_dim=size("quantize.embedding.weight", 1),
-                codebook_size=size("quantize.embedding.weight"), codebook_ema=0.0, restart=0, disc_weight=0.0))
+                codebook_size=size("quantize.embedding.weight"), codebook_decay=0.0, restart=0, disc_weight=0.0))
             buffers = {"quantize.ema_vocab_hit_SV": (                           # statistics, of 256 px's scales in all
                 size("quantize.ema_vocab_hit_SV"), size("quantize.embedding.weight"))}
         else:
@@ -1245,7 +1245,7 @@ def check(config):
                           "clip weight_decay weight_decay_end lr_end gate_init progressive_start", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
-    for name in ("codebook_ema", "label_dropout", "label_smoothing", "drop_path", "progressive"):
+    for name in ("codebook_decay", "label_dropout", "label_smoothing", "drop_path", "progressive"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
@@ -1850,6 +1850,7 @@ def draw_images(args, run, draw, *tensors):
                       for part in zip(*(t.split(at_once(run.config)) for t in tensors))])
 
 
+# Copied from maskgit.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)

@@ -92,7 +92,7 @@ class Config:
     quantizer: str = "vq"           # vq (nearest code), or gumbel (a softmax over the codes, relaxed in training)
     beta: float = 0.25              # weight of the codebook term (legacy) or of the commitment term of the loss
     legacy: bool = True             # QUIRK of the release: beta on the codebook term; --no-legacy: on the commitment
-    codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
+    codebook_decay: float = 0.95    # decay of the running means that the codes are (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     kl_weight: float = 5e-4         # gumbel: weight of the KL divergence from uniform use of the codes
     # losses of the tokenizer
@@ -148,14 +148,14 @@ class Config:
 
 # What the release trained, by its configs: f = 16, 256 x 256, constant learning rates, no clipping, no dropped labels
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,),
-               z_channels=256, code_dim=256, codebook_size=1024, codebook_ema=0.0, restart=0, codebook_weight=1.0,
+               z_channels=256, code_dim=256, codebook_size=1024, codebook_decay=0.0, restart=0, codebook_weight=1.0,
                lpips="download", disc_layers=3, disc_width=64, warmup=0, clip=0.0, label_dropout=0.0, top_k=250,
                top_p=1.0, guidance=1.0, save_every=2000, log_every=50)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch_mult=(1, 2, 4), z_channels=128,
-                      codebook_size=512, codebook_ema=0.98, codebook_weight=0.2, disc_start=2400,
+                      codebook_size=512, codebook_decay=0.98, codebook_weight=0.2, disc_start=2400,
                       train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192,
                       train_steps_prior=20_000, lr_prior=1.5e-3, warmup=100, save_every=500, top_p=0.9, guidance=3.0),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
@@ -430,7 +430,7 @@ class VQGAN(nn.Module):
         if c.quantizer == "gumbel":
             self.quantize = GumbelQuantizer(c.codebook_size, c.code_dim, c.z_channels, c.kl_weight)
         else:
-            self.quantize = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.codebook_ema, c.restart)
+            self.quantize = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.codebook_decay, c.restart)
         self.quant_conv = nn.Conv2d(c.z_channels, c.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.code_dim, c.z_channels, 1)
 
@@ -902,7 +902,7 @@ def train_tokenizer(config, data, run, stage="tokenizer"):
         for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
             part.compile()                                                      # gradient adaptive_weight takes alone
     data, last_layer = crop_data(config, data)[0], tokenizer.decoder.conv_out.weight
-    names = stage, f"{stage}_discriminator", f"{stage}_optimizer", f"{stage}_optimizer_discriminator"
+    names = stage, f"discriminator_{stage}", f"optimizer_{stage}", f"optimizer_discriminator_{stage}"
     for step in run.steps(stage, config.train_steps_tokenizer,
                           **dict(zip(names, (tokenizer, losses.discriminator, *optimizers)))):
         generator = rng(config.seed, step)
@@ -1162,7 +1162,7 @@ def check(config):
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
-    for name in ("codebook_ema", "dropout", "pkeep", "label_dropout"):
+    for name in ("codebook_decay", "dropout", "pkeep", "label_dropout"):
         need(0 <= getattr(c, name) <= 1, f"{name} is {getattr(c, name)}: 0 to 1")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")

@@ -1490,6 +1490,7 @@ def draw_images(args, run, tokenizer, prior, labels, known=None):
     return torch.cat(parts)
 
 
+# Copied from pixelcnn.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
@@ -1549,9 +1550,9 @@ def evaluate_command(args, run, tokenizer, prior):
         parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         psnr=float(torch.cat(quality).mean()), codebook_size=tokenizer.codebook_size,
         codebook_use=min(shares), perplexity=min(perplexities),                 # of the worse level: no collapse hides
-        codebook_use_levels=shares, perplexity_levels=perplexities,
-        nats_per_token=total / sum(lengths), nats_per_token_levels=nats.tolist(), nats_per_image=total,
-        tokens_per_image=sum(lengths), unigram_nats_per_token_levels=[math.log(p) for p in perplexities],
+        codebook_use_by_level=shares, perplexity_by_level=perplexities,
+        nats_per_token=total / sum(lengths), nats_per_token_by_level=nats.tolist(), nats_per_image=total,
+        tokens_per_image=sum(lengths), unigram_nats_per_token_by_level=[math.log(p) for p in perplexities],
         test_images=len(images), peak_memory_mib=peak_memory(), train_steps=sum(run.state["progress"].values()),
         train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,

@@ -590,7 +590,7 @@ def test_maskgit_command_lines(fails, words, says, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--sample-steps", "0"], ["--sample-steps", "less than 1"]),
     (["sample", "--schedule", "fast"], ["'fast'", "cosine"]),
     (["sample", "--labels", "nine"], ["nine", "circle"]),
     (["sample", "--guidance", "nan"], ["guidance is nan"]),
@@ -649,8 +649,8 @@ def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
 def test_more_steps_than_tokens(trained_maskgit, tmp_path):
     """100 passes for 16 tokens: the surplus draws the last one again, as the release does. Planted: a sort index below 0."""
     module, run, _ = trained_maskgit
-    module.main(["sample", str(run), "--steps", "100", "--num", "2", "--out", str(tmp_path / "out.png")])
-    module.main(["complete", str(run), "--steps", "100", "--num", "1", "--out", str(tmp_path / "out.png")])
+    module.main(["sample", str(run), "--sample-steps", "100", "--num", "2", "--out", str(tmp_path / "out.png")])
+    module.main(["complete", str(run), "--sample-steps", "100", "--num", "1", "--out", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").exists()
 
 
@@ -670,7 +670,7 @@ def test_maskgit_official_files(fails, trained_maskgit, tmp_path, monkeypatch):
     """Of other models, in the wrong order, of another codebook; and a pair that fits. Planted: no comparison of the codebooks' sizes."""
     module, run, alone = trained_maskgit
     monkeypatch.chdir(tmp_path)
-    config = module.Config(image_size=64, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_ema=0.0, restart=0)
+    config = module.Config(image_size=64, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_decay=0.0, restart=0)
     wrong = module.VQVAE(dataclasses.replace(config, codebook_size=1000))
     torch.save(wrong.state_dict(), "wrong.bin")
     torch.save(module.VQVAE(dataclasses.replace(config, codebook_size=1024)).state_dict(), "tokenizer.bin")
@@ -944,7 +944,7 @@ def test_magvit_command_lines(fails, words, says, tmp_path, monkeypatch):
     (["sample", "--labels", "nine"], ["nine", "left-right"]),
     (["sample", "--guidance", "nan"], ["guidance is nan"]),
     (["sample", "--choice-temperature", "inf"], ["choice_temperature is inf"]),
-    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--sample-steps", "0"], ["--sample-steps", "less than 1"]),
     (["sample", "--schedule", "sine"], ["schedule 'sine'"]),
     (["edit", "--task", "XY"], ["task XY", "FP CFP FI"]),
     (["edit", "no.gif", "--labels", "0"], ["no.gif cannot be read as a clip"]),
