@@ -285,8 +285,8 @@ class ResBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def blocks(in_channels, width, config, number):
-    """Residual blocks, of which the first changes the width."""
+def blocks(in_channels, width, number, config):
+    """`number` residual blocks, of which the first changes the width."""
     return nn.Sequential(*(ResBlock(width if i else in_channels, width, config) for i in range(number)))
 
 
@@ -343,11 +343,11 @@ class Encoder(nn.Module):
         c, widths, number = config, config.widths, config.num_res_blocks
         self.conv_in, self.down = Conv(3, c.ch, c, bias=False), nn.ModuleList()
         for i, (before, width) in enumerate(zip([c.ch, *widths], widths)):
-            self.down.append(nn.ModuleDict({"block": blocks(before, width, c, number)}))
+            self.down.append(nn.ModuleDict({"block": blocks(before, width, number, c)}))
             if i < len(widths) - 1:
                 self.down[i]["downsample"] = (Conv(width, width, c, stride=c.strides[i]) if c.causal
                                               else MeanPool(c.strides[i]))
-        self.mid_block, self.norm_out = blocks(widths[-1], widths[-1], c, number), Norm(widths[-1], c)
+        self.mid_block, self.norm_out = blocks(widths[-1], widths[-1], number, c), Norm(widths[-1], c)
         self.conv_out = Conv(widths[-1], c.code_dim, c, 1)
 
     def forward(self, x):
@@ -385,10 +385,10 @@ class Decoder(nn.Module):
         super().__init__()
         c, widths, number = config, config.widths, config.num_res_blocks_decoder
         way_up = DepthToSpace if c.causal else Repeat
-        self.conv_in, self.mid_block = Conv(c.code_dim, widths[-1], c), blocks(widths[-1], widths[-1], c, number)
+        self.conv_in, self.mid_block = Conv(c.code_dim, widths[-1], c), blocks(widths[-1], widths[-1], number, c)
         self.up = nn.ModuleList()                                               # up.0 is the finest
         for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths)):
-            self.up.append(nn.ModuleDict({"block": blocks(before, width, c, number)}))
+            self.up.append(nn.ModuleDict({"block": blocks(before, width, number, c)}))
             if i:
                 self.up[i]["upsample"] = way_up(width, c, c.strides[i - 1])
         if c.causal:
@@ -1059,7 +1059,7 @@ def sample(tokenizer, prior, labels, *, task="CG", videos=None, mode="commit", *
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -1117,11 +1117,11 @@ def train_autoencoder(config, data, run, stage, trained_2d=None):
         videos = videos / 127.5 - 1
         adversary = discriminator if step >= config.disc_start else None
         with autocast(run.device):
-            fake, losses = tokenizer(videos)
-        real, fake = (videos + 1) / 2, (fake.float() + 1) / 2
+            again, found = tokenizer(videos)
+        real, fake = (videos + 1) / 2, (again.float() + 1) / 2
         # 1. the autoencoder
         boost = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
-        quantizer_loss = losses["commitment"] + losses.get("codebook", 0) + boost * losses["entropy"]
+        quantizer_loss = found["commitment"] + found.get("codebook", 0) + boost * found["entropy"]
         loss, metrics = generator_loss(config, real, fake, quantizer_loss, adversary)
         backward(loss, optimizer)
         # 2. the discriminator, before either has changed
@@ -1134,7 +1134,7 @@ def train_autoencoder(config, data, run, stage, trained_2d=None):
             average(means := torch.stack([logits.mean(), made.mean()]).detach())            # of all processes
             discriminator.means.lerp_(means, 0.001)                                         # after the loss
             metrics |= {"d_loss": d_loss, "r1": r1, "lecam": held}
-        run.log(stage, step, loss=loss, **losses, **metrics)               # raises on NaN before a weight changes
+        run.log(stage, step, loss=loss, **found, **metrics)                     # raises on NaN before a weight changes
         for each in (optimizer, opposing) if adversary else (optimizer,):
             set_lr(each, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
             each.step()

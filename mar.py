@@ -927,7 +927,7 @@ def hidden_tokens(box, config):
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -1767,7 +1767,7 @@ def load(args):
     return run, modules[0], prior
 
 
-# Copied from maskgit.py
+# Copied from vqvae2.py
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
@@ -1795,7 +1795,7 @@ def labels_of(args, run, images, labels):
     return torch.full((len(images),), run.config.num_classes) if labels is None else labels
 
 
-# Copied from var.py
+# Copied from vqvae2.py
 def at_once(config):
     """Images in one batch: attention, caches and decoder take memory."""
     return max(1, min(64, 2 ** 20 // config.image_size ** 2))
@@ -1846,7 +1846,7 @@ def edit_command(args, run, tokenizer, prior):
     show_edits(args, run, images, shown, drawn, "completions.png" if args.verb == "complete" else "inpainted.png")
 
 
-# Copied from rqvae.py
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)

@@ -819,7 +819,7 @@ def outpaint(tokenizer, prior, images, labels=None, *, left=0, right=0, **decodi
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -1706,6 +1706,7 @@ def load(args):
     return run, tokenizer.to(run.device), prior and prior.to(run.device)
 
 
+# Copied from vqvae2.py
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
@@ -1738,6 +1739,12 @@ def decoding(config):
                 choice_temperature=config.choice_temperature, guidance=config.guidance if config.num_classes else 1.0)
 
 
+# Copied from vqvae2.py
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> images, on the CPU."""
     fields = dict(sample_steps=args.sample_steps, schedule=args.schedule, temperature=args.temperature,
@@ -1750,9 +1757,8 @@ def draw_images(args, run, draw, *tensors):
     if "start" in args:
         settings["start"] = args.start
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    many = max(1, min(64, 2 ** 20 // config.image_size ** 2))                   # attention and decoder take memory
     return torch.cat([draw(*(t.to(run.device) for t in part), generator=generator, **settings).cpu()
-                      for part in zip(*(t.split(many) for t in tensors))])
+                      for part in zip(*(t.split(at_once(config)) for t in tensors))])
 
 
 def sample_command(args, run, tokenizer, prior):
@@ -1845,7 +1851,7 @@ def outpaint_command(args, run, tokenizer, prior):
     show(args, run, drawn, "outpainted.png", num, "evaluate")
 
 
-# Copied from rqvae.py
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)

@@ -546,6 +546,13 @@ def likelihood(prior, tokens, labels, batch_size=100):
 
 
 # === Training: one visible loop =======================================================================================
+def backward(loss, optimizer):
+    """Gradients of the optimizer's parameters, averaged over all processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    average(*(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None))
+
+
 def train_tokenizer(config, data=None, run=None):
     """Nothing to learn: the tokenizer is a fixed quantizer."""
     return build_tokenizer(config)
@@ -568,15 +575,13 @@ def train_prior(config, data, run, tokenizer):
         tokens, labels = shard(tokenizer.encode(images, generator), labels, device=run.device)
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        average(*(p.grad for p in prior.parameters()))
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        backward(loss, optimizer)
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr, step, config.warmup, config.train_steps_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
-    return ema
+    return ema.eval()
 
 
 # === Official weights: none were released for either paper ============================================================

@@ -881,7 +881,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -943,21 +943,28 @@ def encode_all(tokenizer, images, device, latents=False):
                       encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
 
 
+# Copied from vqvae2.py
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
+    digest = hashlib.sha256()
+    for value in (*tokenizer.state_dict().values(), *more):
+        digest.update(value.cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
 def cached_latents(tokenizer, data, run):
-    """The training images' latents, kept in RUN/latents.npz under the hash of the tokenizer and the data.
+    """The training images' latents, kept in RUN/latents.npz with the fingerprint of the tokenizer and of the data.
 
     Latents, not codes: codes are drawn from them anew at every step.
     """
-    digest, path = hashlib.sha256(), run.folder / "latents.npz"
-    for value in (*tokenizer.state_dict().values(), *data.train):
-        digest.update(value.cpu().numpy().tobytes())
+    mark, path = fingerprint(tokenizer, *data.train), run.folder / "latents.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if str(file["made_of"]) == digest.hexdigest():
+            if np.array_equal(file["made_of"], mark.numpy()):
                 return torch.from_numpy(file["latents"])
     latents = encode_all(tokenizer, data.train[0], run.device, latents=True)
     if run.is_main:
-        np.savez(buffer := io.BytesIO(), made_of=digest.hexdigest(), latents=latents.numpy())
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), latents=latents.numpy())
         write_file(path, buffer.getbuffer())
     return latents
 
@@ -1010,8 +1017,8 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(codes.flatten(1), labels, soft.flatten(1, 3) if config.soft_labels else None)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
     return prior.eval()
@@ -1772,6 +1779,12 @@ def read_conditions(args, run, num):
     return words.repeat(-(-num // len(words)), 1)[:num].to(run.device)
 
 
+# Copied from vqvae2.py
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, tokenizer, prior, labels, known=None):
     """Conditions (B,) or (B, L_cond), first tokens known (B, n) -> images (B, 3, H, W), in parts that fit in memory."""
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
@@ -1780,7 +1793,7 @@ def draw_images(args, run, tokenizer, prior, labels, known=None):
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, seed=args.seed, **settings))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
-    many = max(1, min(64, 2 ** 20 // run.config.image_size ** 2))               # caches and decoder take memory
+    many = at_once(run.config)
     for start in range(0, len(labels), many):
         k = slice(start, start + many)
         parts.append(sample(tokenizer, prior, labels[k].to(run.device), known=None if known is None else known[k],
@@ -1818,6 +1831,7 @@ def complete_command(args, run, tokenizer, prior):
     show(args, run, columns.flatten(0, 1), "completions.png", 2 + num, "evaluate")
 
 
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)

@@ -872,6 +872,7 @@ def warmup_cosine(n, warmup, total, start, peak, end):
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1, (n - warmup) / (total - warmup))))
 
 
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -949,20 +950,27 @@ def tokenize(config, data, tokenizer, prior, split, device):
     return torch.cat(tokens), torch.cat(maps) if maps else conditions
 
 
-def cached_tokens(config, data, tokenizer, prior, run):
-    """tokenize's result for the training images, kept in RUN/tokens.npz under the hash of the weights and the data."""
-    digest, path = hashlib.sha256(), run.folder / "tokens.npz"
-    maps = prior.cond_stage_model.state_dict() if prior.cond_stage_model else {}
-    for value in (*tokenizer.state_dict().values(), *maps.values(), *data.train):
+# Copied from vqvae2.py
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
+    digest = hashlib.sha256()
+    for value in (*tokenizer.state_dict().values(), *more):
         digest.update(value.cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def cached_tokens(config, data, tokenizer, prior, run):
+    """tokenize's result for the training images, kept in RUN/tokens.npz with the fingerprint of weights and data."""
+    maps = prior.cond_stage_model.state_dict() if prior.cond_stage_model else {}
+    mark, path = fingerprint(tokenizer, *maps.values(), *data.train), run.folder / "tokens.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if str(file["made_of"]) == digest.hexdigest():
+            if np.array_equal(file["made_of"], mark.numpy()):
                 return [torch.from_numpy(file[name].astype(np.int64)) for name in ("tokens", "conditions")]
     found = tokenize(config, data, tokenizer, prior, "train", run.device)
     if run.is_main:
         arrays = dict(zip(("tokens", "conditions"), (t.numpy().astype(np.uint16) for t in found)))
-        np.savez(buffer := io.BytesIO(), made_of=digest.hexdigest(), **arrays)
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), **arrays)
         write_file(path, buffer.getbuffer())
     return found
 
@@ -1008,8 +1016,8 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels, inputs)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.transformer.parameters(), config.clip or math.inf)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        length = nn.utils.clip_grad_norm_(prior.transformer.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
     return prior.eval()
@@ -1815,11 +1823,12 @@ def paint_command(args, run, tokenizer, prior):
     show(args, run, torch.cat([images[:, None], maps, drawn], 1).flatten(0, 1), "paintings.png", 3 + num, "evaluate")
 
 
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
-    parts = [tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu() for part in images.split(8)]
-    again = torch.cat(parts)
+    again = torch.cat([tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu()
+                       for part in images.split(8)])
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
     show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
 

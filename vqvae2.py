@@ -712,7 +712,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, generator=N
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -818,7 +818,7 @@ def train_prior(config, data, run, tokenizer):
 
 
 # === Official weights: rosinality/vq-vae-2-pytorch ====================================================================
-def ours(name):
+def our_name(name):
     """The release's name of a parameter or module -> its name here.  _t is level 0, _b level 1."""
     name = re.sub(r"(\.conv)+\.(weight_[gv]|bias)$", r".\2", name.removeprefix("module."))     # its wrappers' layers
     for old, new in (("enc_t.blocks", "encoders.0"), ("enc_b.blocks", "encoders.1"), ("enc_t", "encoders.0"),
@@ -848,7 +848,7 @@ def read_weights(source):
     for name, value in state.items():
         if value.ndim == 2:                             # the codebook's columns; linear layers: 1 x 1 kernels here
             value = value.T.contiguous() if ".embed" in name else value[:, :, None, None]
-        turned[ours(name)] = value.to(torch.float32, copy=True)                 # the caller's tensors stay the caller's
+        turned[our_name(name)] = value.to(torch.float32, copy=True)             # the caller's tensors stay the caller's
     return turned
 
 
@@ -1456,8 +1456,9 @@ def load(args):
     return run, tokenizer.to(run.device), None
 
 
+# Copied from pixelcnn.py
 def load_test(args, run):
-    """Test images (N, 3, H, W) in [-1, 1], and their labels."""
+    """Test images (N, 3, H, W) in [-1, 1] of the run's data, and their labels."""
     images, labels = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)).test
     return images / 127.5 - 1, labels
 
@@ -1467,7 +1468,8 @@ def read_photos(args, run, number=8):
     if not args.photos:
         if getattr(args, "official", None):
             raise UserError("released weights come without test images: give photos")
-        return [part[:number] for part in load_test(args, run)]
+        data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
+        return data.test[0][:number] / 127.5 - 1, data.test[1][:number]
     images, side = [], run.config.image_size
     for photo in args.photos:
         with explain(f"{photo} cannot be read as an image", "give PNG or JPEG files"):
@@ -1478,11 +1480,16 @@ def read_photos(args, run, number=8):
     return torch.stack(images) / 127.5 - 1, None
 
 
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, tokenizer, prior, labels, known=None):
     temperature = run.config.temperature if args.temperature is None else args.temperature
     check(dataclasses.replace(run.config, seed=args.seed, temperature=temperature))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
-    many = max(1, min(64, 2 ** 20 // run.config.image_size ** 2))               # caches take memory
+    many = at_once(run.config)
     for start in range(0, len(labels), many):
         k = slice(start, start + many)
         parts.append(sample(tokenizer, prior, labels[k].to(run.device), known=None if known is None else known[k],
@@ -1524,7 +1531,7 @@ def complete_command(args, run, tokenizer, prior):
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
-    again = torch.cat([tokenizer.decode(tokenizer.codes(part.to(run.device))).clamp(-1, 1).cpu()
+    again = torch.cat([tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu()
                        for part in images.split(8)])
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
     show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")

@@ -255,7 +255,7 @@ def test_released_checkpoints_map_completely(path, wrapped):
     model = from_official({"model": state} if wrapped else state)
     ours = dict(model.named_parameters())
     assert sum(p.numel() for p in ours.values()) == release["n_params"]
-    assert len(model.state_dict()) == len(names) and {vqvae2.ours(name) for name in names} == set(model.state_dict())
+    assert len(model.state_dict()) == len(names) and {vqvae2.our_name(name) for name in names} == set(model.state_dict())
     assert sum(v.numel() for v in model.state_dict().values()) == sum(torch.Size(shape).numel() for shape in names.values())
 
 
