@@ -89,8 +89,8 @@ class Config:
     train_images: int = 0           # use only this many training clips (0: all; of shapes 3,000, of digits 20,000)
     test_images: int = 0            # use only this many test clips (0: all; of shapes 400, of digits 2,000)
     skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
-    frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
+    frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     num_classes: int = 4            # classes the transformer is told (0: none)
     # tokenizer
     causal: bool = False            # MAGVIT-v2's: causal convolutions, signs as codes (off: MAGVIT's)
@@ -147,13 +147,13 @@ class Config:
     warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.995              # decay of the averaged weights, which sampling uses (0: the weights themselves)
-    compile: bool = False           # torch.compile (CUDA)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a clip
-    temperature: float = 0.8        # logits are divided by it: how varied the drawn codes are (release: 1)
+    temperature: float = 0.8        # logits are divided by it in sampling (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0: which codes come first
     guidance: float = 3.0           # logits = no class + guidance (class - no class) (release: 1, none)
+    compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
         self.ch_mult, self.temporal, self.disc_mult, self.token_bits = map(tuple, (
@@ -2134,7 +2134,7 @@ FLAGS = {
     "--num": dict(type=positive, help="clips to draw"),
     "--sample-steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
     "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
-    "--temperature": dict(type=float, help="logits are divided by it (default: the run's)"),
+    "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),
     "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}

@@ -114,7 +114,7 @@ class Config:
     dropout: float = 0.0            # of embeddings, attention, its output and the mlp's (release: 0.1)
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     label_smoothing: float = 0.1    # share of the target spread evenly over all codes
-    schedule: str = "cosine"        # gamma: cosine, linear, square, cubic, sqrt, log, exponential, or pow with a number
+    schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
@@ -130,7 +130,7 @@ class Config:
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a picture
-    temperature: float = 0.7        # logits are divided by it: how varied the drawn codes are (release: 1)
+    temperature: float = 0.7        # logits are divided by it in sampling (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
     guidance: float = 2.5           # logits = no class + guidance (class - no class); 1: none
     compile: bool = False           # torch.compile (CUDA)
@@ -844,7 +844,7 @@ def train_tokenizer(config, data, run):
     if perceptual:
         load_resnet(perceptual, config)
     else:
-        print("reconstruction loss: squared error (--perceptual download adds ResNet-50's features)")
+        print("no weights for ResNet-50 (--perceptual): the reconstruction loss is squared error alone")
     objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
     adam = lambda net: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr_tokenizer,
                                         (0.0, 0.99), fused=run.device.type != "mps")
@@ -1162,7 +1162,7 @@ def check(config):
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     for name in ("codebook_decay", "dropout", "label_dropout", "label_smoothing", "ema"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
-    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
     need(math.isfinite(c.choice_temperature), f"choice_temperature is {c.choice_temperature}: a number, at least 0")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.entropy_temperature > 0,
          "lr_tokenizer, lr_prior and entropy_temperature must be positive")
@@ -1691,7 +1691,7 @@ def load(args):
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, BidirectionalTransformer) or len(args.official) > 2:
         raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
-    run = Run.__new__(Run)                                                      # without a folder: pictures go here
+    run = Run.__new__(Run)                                                      # no folder: pictures go to this one
     run.config, run.folder = tokenizer.config, Path(".")
     run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if len(args.official) > 1:
@@ -1925,7 +1925,7 @@ FLAGS = {
     "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
     "--start": dict(type=int, help="first pass; those before it are left out (default: a sixth of the steps)"),
     "--mask": dict(required=True, metavar="PNG", help="as large as the photo, white where to draw anew"),
-    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in pixels"),
+    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in model pixels"),
     "--left": dict(type=int, default=0, help="pixels to add at the left"),
     "--right": dict(type=int, default=0, help="pixels to add at the right"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}

@@ -96,7 +96,7 @@ class Config:
     lr: float = 3e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
     warmup: int = 100               # steps of that warm-up (0: a constant learning rate)
     clip: float = 1.0               # gradients are scaled down to this norm (0: never)
-    ema: float = 0.999              # decay of the average of the weights that samples and likelihoods come from
+    ema: float = 0.999              # decay of the averaged weights, which sampling uses (0: the weights themselves)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling (the papers: 1)
@@ -1137,7 +1137,7 @@ def sample_command(args, run, tokenizer, prior):
 def complete_command(args, run, tokenizer, prior):
     """Each row: an image, what the model is shown of it, and what it makes of that (PixelRNN Fig. 1)."""
     if args.photos and run.config.num_classes and not args.labels:
-        raise UserError("this model has never drawn without a class: give --labels, one for each photo or one for all")
+        raise UserError("this model draws by class: give --labels, one for each photo or one for all")
     (images, labels), num, S = read_photos(args, run), args.num or 6, run.config.image_size
     labels = read_labels(args.labels, run, len(images)) if args.labels else labels
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))
@@ -1187,8 +1187,9 @@ def evaluate_command(args, run, tokenizer, prior):
         unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
         psnr=float(psnr(images, tokenizer(images)[0]).mean()), peak_memory_mib=peak_memory(),
         train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
+        threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        threads=torch.get_num_threads(), command=f"python {NAME}.py evaluate {run.folder}")
+        command=f"python {NAME}.py evaluate {run.folder}")
     print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
           f"(without context {entropy:.4f} nats per token, without anything {math.log(V):.4f})")
     if V == 2:
@@ -1197,21 +1198,20 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
+RUN = "run --out --num --seed --labels --temperature"
 FLAGS = {
     "run": dict(help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
-    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
-    "--num": dict(type=positive, help="images to draw, for complete: of each image"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
-    "sample": (sample_command, "draw images", "run --out --labels --num --temperature --seed"),
-    "complete": (complete_command, "hide the lower half of images and draw it anew",
-                 "run photos --data-dir --out --labels --num --temperature --seed"),
-    "interpolate": (interpolate_command, "draw images between two classes",
-                    "run --out --labels --num --temperature --seed"),
+    "sample": (sample_command, "draw images", RUN),
+    "complete": (complete_command, "hide the lower half of images and draw it anew", f"{RUN} photos --data-dir"),
+    "interpolate": (interpolate_command, "draw images between two classes", RUN),
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run photos --data-dir --out"),
     "evaluate": (evaluate_command, "likelihood, speed, size: writes RUN/report.json", "run --data-dir")}

@@ -90,15 +90,15 @@ class Config:
     groups: int = 4                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
-    attn_resolutions: tuple = ()    # sides, computed from the image size, at which a level has attention
+    attn_resolutions: tuple = ()    # sides, computed from the trained image size, at which a level has attention
     z_channels: int = 64            # channels between encoder and quantizer, and quantizer and decoder
     code_dim: int = 16              # E, width of a code
     codebook_size: int = 64         # V, codes of the one codebook
     depth: int = 4                  # D, codes at every place
+    beta: float = 0.25              # weight of the commitment term
     codebook_decay: float = 0.99    # decay of the running means that the codes are
     restart: bool = True            # codes of a mean count below 1 move to a residual (off: step 1 loses most codes)
-    beta: float = 0.25              # weight of the commitment loss
-    lpips: str = ""                 # perceptual loss: "" none, download, or a folder or file with its weights
+    lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
     disc_weight: float = 0.3        # the GAN's share after the adaptive weight (0: no GAN; release: 0.75)
     disc_start: int = 700           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
@@ -124,7 +124,7 @@ class Config:
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4e-5)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 5e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
-    warmup: int = 30                # the same of the transformer
+    warmup: int = 30                # steps of warm-up of the transformer; then a cosine to zero (0: constant)
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
@@ -1072,10 +1072,10 @@ def from_official(source, config=None):
     heads of 64 features) are read; the rest is seen by the weights.
     Every name and shape must fit: else UserError with the first five that do not.
     """
-    (state, depth), name = our_names(read_weights(source)), "the state dict" if isinstance(source, dict) else source
+    (state, depth), name = our_names(read_weights(source)), "the dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-    with explain(f"{name} is none of these papers' models", "its shapes make no sense"), torch.device("meta"):
+    with explain(f"{name} is no model of these papers", "its shapes make no sense"), torch.device("meta"):
         given = config or {}
         if {"classifier.linear.weight", "pos_emb_hw", "pos_emb_d"} <= state.keys():
             width = size("pos_emb_hw", 2)
@@ -1109,7 +1109,7 @@ def from_official(source, config=None):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     wrong = [key for key in {**state, **shapes} if key not in state or state[key].shape != shapes.get(key)]
     if wrong:
-        raise UserError(f"{name} is none of these papers' models: {len(wrong)} names or shapes do not fit, first "
+        raise UserError(f"{name} is no model of these papers: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
     if isinstance(model, RQVAE):
@@ -1884,13 +1884,13 @@ def evaluate_command(args, run, tokenizer, prior):
 RUN = "run --official --out --num --seed --temperature --top-k --top-p --guidance --labels --caption"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
     "--caption": dict(nargs="+", metavar="TEXT", help="captions, each in quotes, repeated in turn"),
-    "--num": dict(type=positive, help="images to draw; for complete: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--top-k": dict(type=int, help="only the k likeliest codes are drawn (default: the run's)"),
     "--top-p": dict(type=float, help="only the likeliest codes up to this probability (default: the run's)"),

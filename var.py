@@ -468,10 +468,11 @@ class VQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        self.config, self.f, self.codebook_size = config, config.f, config.codebook_size
-        c, attention = config, (config.side,)                                   # at the coarsest level alone
-        shape = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
-        self.encoder, self.decoder = Encoder(3, *shape), Decoder(3, *shape)
+        self.config = c = config
+        self.f, self.codebook_size = c.f, c.codebook_size
+        attention = (c.side,)                                                   # at the coarsest level alone
+        sizes = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
+        self.encoder, self.decoder = Encoder(3, *sizes), Decoder(3, *sizes)
         self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_decay, c.restart)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1) for _ in range(2))
 
@@ -984,8 +985,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # neither codebook nor the
-            part.compile()                                                      # last layer, for adaptive_weight
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
+            part.compile()                                                      # gradient adaptive_weight takes alone
     last_layer = tokenizer.decoder.conv_out.weight
     for step in run.steps("tokenizer", config.train_steps_tokenizer, tokenizer=tokenizer, discriminator=discriminator,
                           optimizer=optimizers[0], optimizer_discriminator=optimizers[1]):
@@ -1159,7 +1160,7 @@ def from_official(source, config=None):
     scales, and the transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are
     checked for their shapes and left. Every name and shape must fit: else UserError with the first five that do not.
     """
-    name = "the state dict" if isinstance(source, dict) else source
+    name = "the dict" if isinstance(source, dict) else source
     state = {key.replace("quant_resi.qresi_ls", "phi"): value for key, value in read_weights(source).items()}
     size = lambda key, axis=0: state[key].shape[axis] if key in state and state[key].ndim > axis else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
@@ -1786,7 +1787,7 @@ def load(args):
         args.photos = [args.run, *args.photos]
     run, prior = Run.__new__(Run), None                                         # no folder: pictures go to this one
     if len(args.official) > 2 or len(args.official) == 1 and args.verb != "reconstruct":
-        raise UserError("--official takes the tokenizer, then a transformer; photos stand before it")
+        raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
     if len(args.official) > 1:
         prior = from_official(args.official[1])
         if not isinstance(prior, VAR):
@@ -1972,7 +1973,7 @@ EDIT = f"{RUN} photos --data-dir"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
-    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and a transformer (photos go before it)"),
+    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all, images', none)"),
@@ -1988,8 +1989,8 @@ VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw images by class", RUN),
     "complete": (complete_command, "hide the lower half of images and draw it anew", EDIT),
     "inpaint": (inpaint_command, "draw a box of images anew", f"{EDIT} --box"),
-    "outpaint": (outpaint_command, "draw all around a box of images anew", f"{EDIT} --box"),
     "replace": (replace_command, "draw a box of images anew, as another class", f"{EDIT} --box"),
+    "outpaint": (outpaint_command, "draw all around a box of images anew", f"{EDIT} --box"),
     "reconstruct": (reconstruct_command, "images through the tokenizer, after 1, 2, ... all maps, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",

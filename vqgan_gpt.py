@@ -82,7 +82,7 @@ class Config:
     num_classes: int = 9            # classes the GPT is told (0: a start token only)
     # tokenizer
     ch: int = 32                    # width of the first level, a multiple of the groups
-    groups: int = 8                 # groups of GroupNorm (release: 32, four channels each at its width of 128)
+    groups: int = 8                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 1, 2)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
     attn_resolutions: tuple = ()    # sides, computed from the trained image size, at which a level has attention
@@ -100,15 +100,15 @@ class Config:
     perceptual_weight: float = 1.0  # weight of LPIPS beside L1
     codebook_weight: float = 0.1    # weight of the codebook loss (release: 1)
     gan: str = "hinge"              # loss of the discriminator: hinge or vanilla
-    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn
     disc_weight: float = 0.8        # the GAN's share after the adaptive weight (0: no GAN)
+    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
     # GPT
     condition: str = "class"        # what stands before the codes: class, coordinates, edges, depth (maps' own codes)
-    layers: int = 4                 # transformer blocks
-    heads: int = 4                  # A, attention heads
     width: int = 128                # M, width of the transformer
+    heads: int = 4                  # A, attention heads
+    layers: int = 4                 # transformer blocks
     block_size: int = 0             # longest sequence (0: as long as needed)
     vocab_size: int = 0             # rows of the embedding table (0: V)
     dropout: float = 0.0            # of embeddings, attention and residuals
@@ -1115,8 +1115,8 @@ def from_official(source, config=None):
             best = wrong, model, candidate, buffers
     wrong, model, candidate, buffers = best
     if wrong:
-        name = "the state dict" if isinstance(source, dict) else source
-        raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
+        name = "the dict" if isinstance(source, dict) else source
+        raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     if not buffers.keys() <= state.keys():                                      # left out of the file: they start anew
         fresh = assemble(candidate[0], state, candidate[1]).state_dict()
@@ -1169,7 +1169,7 @@ def check(config):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
-    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
     for name in ("codebook_decay", "dropout", "pkeep", "label_dropout"):
         need(0 <= getattr(c, name) <= 1, f"{name} is {getattr(c, name)}: 0 to 1")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
@@ -1839,10 +1839,10 @@ def evaluate_command(args, run, tokenizer, prior):
     images, _, data = load_test(args, run)
     tokens, conditions = tokenize(run.config, data, tokenizer, prior, "test", run.device)
     quality, nats = [], []
-    for x, t, c in zip(images.split(32), tokens.split(32), conditions.split(32)):
-        x, t, c = x.to(run.device), t.to(run.device), c.to(run.device)
+    for x, t, y in zip(images.split(32), tokens.split(32), conditions.split(32)):
+        x, t, y = x.to(run.device), t.to(run.device), y.to(run.device)
         quality.append(psnr(x, tokenizer.decode(t).clamp(-1, 1)).cpu())
-        nats.append(prior.loss(t.flatten(1), c)[0] * len(t))
+        nats.append(prior.loss(t.flatten(1), y)[0] * len(t))
     (share, perplexity), nats, L = use(tokens, tokenizer), float(sum(nats)) / len(tokens), tokens[0].numel()
     start, num, c = time.time(), len(conditions[:16]), run.config
     sample(tokenizer, prior, conditions[:num].to(run.device), top_k=c.top_k, top_p=c.top_p,
@@ -1856,8 +1856,9 @@ def evaluate_command(args, run, tokenizer, prior):
         perplexity=float(perplexity), nats_per_token=nats, nats_per_image=nats * L, tokens_per_image=L,
         unigram_nats_per_token=float(perplexity.log()), test_images=len(images), peak_memory_mib=peak_memory(),
         train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
+        threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        threads=torch.get_num_threads(), command=f"python {NAME}.py evaluate {run.folder}")
+        command=f"python {NAME}.py evaluate {run.folder}")
     report["parameters"] = report["parameters_tokenizer"] + report["parameters_prior"]
     print(f"test: PSNR {report['psnr']:.2f} dB; {share:.1%} of {tokenizer.codebook_size} codes used, perplexity "
           f"{perplexity:.1f}; {nats:.4f} nats per token (without context {perplexity.log():.4f})")
@@ -1868,12 +1869,12 @@ def evaluate_command(args, run, tokenizer, prior):
 RUN = "run --official --out --num --seed --temperature --top-k --top-p --guidance"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(metavar="CHECKPOINT", help="released weights in place of a run folder"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
-    "--num": dict(type=positive, help="images to draw; for complete and paint: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--size": dict(type=positive, nargs=2, metavar=("H", "W"), help="pixels of the pictures (default: as trained)"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--top-k": dict(type=int, help="only the k likeliest codes are drawn (default: the run's)"),

@@ -89,9 +89,9 @@ class Config:
     code_dim: int = 16              # E, width of a code
     codebook_size: int = 128        # V, codes of each level
     codebook: str = "ema"           # ema, release or debiased (running means), gradient (VQ-VAE): see Quantizer
+    beta: float = 0.25              # weight of the commitment term
     codebook_decay: float = 0.95    # decay of the running means
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
-    beta: float = 0.25              # weight of the commitment loss
     # priors
     width: tuple = (64, 64)         # features of each level's PixelSNAIL
     res_width: tuple = (32, 32)     # features inside its gated residual blocks
@@ -319,7 +319,8 @@ class VQVAE(nn.Module):
         """
         f = self.config.f
         if images.ndim != 4 or images.shape[1] != 3 or any(side % f or not side for side in images.shape[2:]):
-            raise ValueError(f"images must be (B, 3, H, W), H, W positive multiples of {f}, not {tuple(images.shape)}")
+            raise ValueError(f"images must be (B, 3, H, W), H and W positive multiples of {f}, "
+                             f"not {tuple(images.shape)}")
         features, stack, codes, losses = [images], None, [], []
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))                             # the top reads the bottom's features
@@ -860,10 +861,10 @@ def from_official(source, config=None, inplace_relu=True):
     for weights of later code. Every name and shape must fit: else UserError with the first five that do not.
     """
     state, given = read_weights(source), config or {}
-    name = "the state dict" if isinstance(source, dict) else source
+    name = "the dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-    with explain(f"{name} is none of this paper's models", "its shapes make no sense"), torch.device("meta"):
+    with explain(f"{name} is no model of this paper", "its shapes make no sense"), torch.device("meta"):
         if "horizontal.weight_v" in state:
             side = given["shape"][0] if "shape" in given else size("background", 2)
             if not side:
@@ -890,7 +891,7 @@ def from_official(source, config=None, inplace_relu=True):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     wrong = [key for key in {**state, **shapes} if key not in state or state[key].shape != shapes.get(key)]
     if wrong:
-        raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
+        raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -926,7 +927,6 @@ def check(config):
     need(c.channels % 2 == 0, f"channels is {c.channels}: an even number")
     need(all(value == 0 or 1 <= value < 100 for value in c.dropout), f"dropout is {c.dropout}: per cent, 1 to 99, or 0")
     need(0 <= c.codebook_decay < 1, f"codebook_decay is {c.codebook_decay}: 0 to 1")
-    need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.image_size % c.f == 0, f"images of {c.image_size} pixels are not divisible by {c.f}, the stride of the top "
@@ -1574,21 +1574,20 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = "run --out --num --seed --temperature"
+RUN = "run --out --num --seed --labels --temperature"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(metavar="CHECKPOINT", help="a released tokenizer in place of a run folder"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
-    "--num": dict(type=positive, help="images to draw; for complete: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
-    "sample": (sample_command, "draw images, top codes first", f"{RUN} --labels"),
-    "complete": (complete_command, "hide the lower half of images and draw it anew",
-                 f"{RUN} photos --labels --data-dir"),
+    "sample": (sample_command, "draw images, top codes first", RUN),
+    "complete": (complete_command, "hide the lower half of images and draw it anew", f"{RUN} photos --data-dir"),
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",

@@ -285,9 +285,9 @@ def test_loaded_weights_are_those_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("state, says", [
-    ({"quantize_t.embed": torch.zeros(3)}, "none of this paper's models"),
-    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 0, 2, 5), "background": torch.zeros(1, 2, 4, 4)}, "none of this paper's models"),
-    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 4, 2, 5), "background": torch.zeros(2)}, "none of this paper's models")])
+    ({"quantize_t.embed": torch.zeros(3)}, "no model of this paper"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 0, 2, 5), "background": torch.zeros(1, 2, 4, 4)}, "no model of this paper"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 4, 2, 5), "background": torch.zeros(2)}, "no model of this paper")])
 def test_odd_weights_get_one_line(state, says):
     with pytest.raises(UserError, match=says):
         from_official(state)
