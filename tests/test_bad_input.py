@@ -383,6 +383,7 @@ def test_checkpoint_of_another_model(fails, vqgan, tmp_path):
     for content in ({"state_dict": None}, {1: torch.zeros(1)}, torch.zeros(3), [1, 2]):
         torch.save(content, tmp_path / "odd.ckpt")
         fails(module, "reconstruct", "--official", tmp_path / "odd.ckpt", says=["odd.ckpt holds no names and tensors"])
+    fails(module, "sample", run, "--official", tmp_path / "other.ckpt", says=["one of them"])
     fails(module, "reconstruct", "--official", run / "checkpoint.pt", says=["a run of this script"])
 
 
@@ -539,6 +540,7 @@ def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp
                "tokenizer.pt")
     fails(module, "sample", "--official", "tokenizer.pt", "transformer.pt", says=["transformer.pt", "(2, 16, 8)", "(3, 16, 8)"])
     fails(module, "sample", "--official", "tokenizer.pt", says=["is a tokenizer", "transformer too"])
+    fails(module, "sample", run, "--official", "tokenizer.pt", "transformer.pt", says=["one of them"])
     fails(module, "reconstruct", "--official", "transformer.pt", says=["tokenizer first"])
     fails(module, "reconstruct", "--official", "no.pt", says=["no.pt cannot be read"])
     fails(module, "reconstruct", "--official", str(run / "checkpoint.pt"), says=["a run of this script"])
