@@ -89,8 +89,8 @@ class Config:
     train_images: int = 0           # use only this many training clips (0: all; of shapes 3,000, of digits 20,000)
     test_images: int = 0            # use only this many test clips (0: all; of shapes 400, of digits 2,000)
     skip_corrupt: bool = False      # leave out clips that cannot be read, instead of stopping
-    frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     image_size: int = 32            # side of the (square) frames in pixels
+    frames: int = 8                 # T, frames of a clip (causal: one more than a multiple of f_time)
     num_classes: int = 4            # classes the transformer is told (0: none)
     # tokenizer
     causal: bool = False            # MAGVIT-v2's: causal convolutions, signs as codes (off: MAGVIT's)
@@ -147,13 +147,13 @@ class Config:
     warmup: int = 100               # steps of warm-up of the transformer; then a cosine to zero (0: constant)
     clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     ema: float = 0.995              # decay of the averaged weights, which sampling uses (0: the weights themselves)
-    compile: bool = False           # torch.compile (CUDA)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a clip
-    temperature: float = 0.8        # logits are divided by it: how varied the drawn codes are (release: 1)
+    temperature: float = 0.8        # logits are divided by it in sampling (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0: which codes come first
     guidance: float = 3.0           # logits = no class + guidance (class - no class) (release: 1, none)
+    compile: bool = False           # torch.compile (CUDA)
 
     def __post_init__(self):
         self.ch_mult, self.temporal, self.disc_mult, self.token_bits = map(tuple, (
@@ -285,8 +285,8 @@ class ResBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def blocks(in_channels, width, config, number):
-    """Residual blocks, of which the first changes the width."""
+def blocks(in_channels, width, number, config):
+    """`number` residual blocks, of which the first changes the width."""
     return nn.Sequential(*(ResBlock(width if i else in_channels, width, config) for i in range(number)))
 
 
@@ -343,11 +343,11 @@ class Encoder(nn.Module):
         c, widths, number = config, config.widths, config.num_res_blocks
         self.conv_in, self.down = Conv(3, c.ch, c, bias=False), nn.ModuleList()
         for i, (before, width) in enumerate(zip([c.ch, *widths], widths)):
-            self.down.append(nn.ModuleDict({"block": blocks(before, width, c, number)}))
+            self.down.append(nn.ModuleDict({"block": blocks(before, width, number, c)}))
             if i < len(widths) - 1:
                 self.down[i]["downsample"] = (Conv(width, width, c, stride=c.strides[i]) if c.causal
                                               else MeanPool(c.strides[i]))
-        self.mid_block, self.norm_out = blocks(widths[-1], widths[-1], c, number), Norm(widths[-1], c)
+        self.mid_block, self.norm_out = blocks(widths[-1], widths[-1], number, c), Norm(widths[-1], c)
         self.conv_out = Conv(widths[-1], c.code_dim, c, 1)
 
     def forward(self, x):
@@ -385,10 +385,10 @@ class Decoder(nn.Module):
         super().__init__()
         c, widths, number = config, config.widths, config.num_res_blocks_decoder
         way_up = DepthToSpace if c.causal else Repeat
-        self.conv_in, self.mid_block = Conv(c.code_dim, widths[-1], c), blocks(widths[-1], widths[-1], c, number)
+        self.conv_in, self.mid_block = Conv(c.code_dim, widths[-1], c), blocks(widths[-1], widths[-1], number, c)
         self.up = nn.ModuleList()                                               # up.0 is the finest
         for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths)):
-            self.up.append(nn.ModuleDict({"block": blocks(before, width, c, number)}))
+            self.up.append(nn.ModuleDict({"block": blocks(before, width, number, c)}))
             if i:
                 self.up[i]["upsample"] = way_up(width, c, c.strides[i - 1])
         if c.causal:
@@ -1059,7 +1059,7 @@ def sample(tokenizer, prior, labels, *, task="CG", videos=None, mode="commit", *
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -1117,11 +1117,11 @@ def train_autoencoder(config, data, run, stage, trained_2d=None):
         videos = videos / 127.5 - 1
         adversary = discriminator if step >= config.disc_start else None
         with autocast(run.device):
-            fake, losses = tokenizer(videos)
-        real, fake = (videos + 1) / 2, (fake.float() + 1) / 2
+            again, found = tokenizer(videos)
+        real, fake = (videos + 1) / 2, (again.float() + 1) / 2
         # 1. the autoencoder
         boost = 1 + config.entropy_boost * max(0.0, 1 - step / max(1, config.entropy_boost_steps))
-        quantizer_loss = losses["commitment"] + losses.get("codebook", 0) + boost * losses["entropy"]
+        quantizer_loss = found["commitment"] + found.get("codebook", 0) + boost * found["entropy"]
         loss, metrics = generator_loss(config, real, fake, quantizer_loss, adversary)
         backward(loss, optimizer)
         # 2. the discriminator, before either has changed
@@ -1134,7 +1134,7 @@ def train_autoencoder(config, data, run, stage, trained_2d=None):
             average(means := torch.stack([logits.mean(), made.mean()]).detach())            # of all processes
             discriminator.means.lerp_(means, 0.001)                                         # after the loss
             metrics |= {"d_loss": d_loss, "r1": r1, "lecam": held}
-        run.log(stage, step, loss=loss, **losses, **metrics)               # raises on NaN before a weight changes
+        run.log(stage, step, loss=loss, **found, **metrics)                     # raises on NaN before a weight changes
         for each in (optimizer, opposing) if adversary else (optimizer,):
             set_lr(each, config.lr_tokenizer, step, config.warmup_tokenizer, config.train_steps_tokenizer)
             each.step()
@@ -2007,9 +2007,9 @@ def frame_psnr(a, b):
     return -10 * ((a - b) / 2).square().mean((1, 3, 4)).clamp(min=1e-10).log10()
 
 
-def in_parts(args, run, draw, *tensors):
+def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> clips, on the CPU."""
-    fields = dict(sample_steps=args.steps, schedule=args.schedule, temperature=args.temperature,
+    fields = dict(sample_steps=args.sample_steps, schedule=args.schedule, temperature=args.temperature,
                   choice_temperature=args.choice_temperature, guidance=args.guidance)
     config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
     check(config)
@@ -2030,7 +2030,7 @@ def sample_command(args, run, tokenizer, prior):
     out = out_gif(args, run, "samples.gif")
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 4 * columns)
-    videos = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
+    videos = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(videos).permute(0, 2, 3, 4, 1).numpy(), labels=labels.cpu().numpy())
     show(args, run, videos, out, columns, "edit" if set(run.config.tasks.split()) > {"CG"} else "evaluate")
     write_file(run.folder / "samples.npz", buffer.getbuffer())                  # last: the picture may not be writable
@@ -2058,7 +2058,7 @@ def edit(args, run, tokenizer, prior, task, videos, labels, out):
     more = {} if task == "CFP" else {"guidance": 1.0}                           # no class: nothing to guide by
     draw = lambda videos, labels, **settings: sample(tokenizer, prior, labels, task=task, videos=videos,
                                                      **settings | more)
-    drawn = in_parts(args, run, draw, videos, labels)
+    drawn = draw_images(args, run, draw, videos, labels)
     where = region(task, videos.shape[2:], run.config.known_frames)
     unknown = frame_psnr(videos, drawn)[:, ~where.flatten(1).all(1)].mean()
     print(f"{task}: PSNR {unknown:.1f} dB of the frames that are not known whole")
@@ -2122,7 +2122,7 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = "run --out --num --seed --labels --steps --schedule --temperature --choice-temperature --guidance"
+RUN = "run --out --num --seed --labels --sample-steps --schedule --temperature --choice-temperature --guidance"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "--official": dict(metavar="FILE", help="released tokenizer (Open-MAGVIT2's for video)"),
@@ -2132,9 +2132,9 @@ FLAGS = {
     "--out": dict(help="GIF to write, with a contact sheet .png beside it (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
     "--num": dict(type=positive, help="clips to draw"),
-    "--steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
+    "--sample-steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
     "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
-    "--temperature": dict(type=float, help="logits are divided by it (default: the run's)"),
+    "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),
     "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}

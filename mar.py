@@ -130,13 +130,13 @@ class Config:
     train_steps_prior: int = 4800   # steps of the transformer
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator
     lr_prior: float = 1.5e-3        # learning rate of the transformer
+    lr_end: float = 0.0             # the transformer's last learning rate in units of lr_prior
+    weight_decay: float = 0.02      # of the transformer's matrices and tables
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
     warmup: int = 100               # steps of warm-up of the transformer
     cosine: bool = True             # after the warm-up a cosine to lr_end (release: constant)
-    lr_end: float = 0.0             # the transformer's last learning rate, with the cosine
-    weight_decay: float = 0.02      # of the transformer's matrices and tables
     clip: float = 3.0               # gradients of the transformer are scaled down to this norm (0: never)
-    ema: float = 0.998              # decay of the average of the weights that samples come from (release: 0.9999)
+    ema: float = 0.998              # decay of the averaged weights, which sampling uses (0: the weights themselves)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 500           # steps between two checkpoints
     sample_steps: int = 4           # N, iterations of sampling (release: 64, 256 for its table)
@@ -366,19 +366,21 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        self.config, self.f = (c := config), config.f
-        shape = lambda sides: (c.ch, c.ch_mult, c.num_res_blocks, sides, c.image_size)
-        self.encoder = Encoder(3, *shape((c.image_size // c.f,)), 2 * c.latent_dim, c.groups)
-        self.decoder = Decoder(3, *shape(()), c.latent_dim, c.groups)
+        self.config = c = config
+        self.f = c.f
+        sizes = lambda attention: (c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size)
+        self.encoder = Encoder(3, *sizes((c.image_size // c.f,)), 2 * c.latent_dim, c.groups)
+        self.decoder = Decoder(3, *sizes(()), c.latent_dim, c.groups)
         self.quant_conv = nn.Conv2d(2 * c.latent_dim, 2 * c.latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.latent_dim, c.latent_dim, 1)
         self.register_buffer("latent_mean", torch.zeros(c.latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(c.latent_dim, 1, 1))      # release: 1 / 0.2325 for all
 
     def posterior(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> Posterior. ValueError: sides that f does not divide."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.f or images.shape[3] % self.f:
-            raise ValueError(f"images must be (B, 3, H, W), sides divisible by {self.f}, not {tuple(images.shape)}")
+        """images (B, 3, H, W) in [-1, 1] -> Posterior. ValueError: not of this form."""
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.f or not side for side in images.shape[2:]):
+            raise ValueError(f"images must be (B, 3, H, W), H and W positive multiples of {self.f}, "
+                             f"not {tuple(images.shape)}")
         return Posterior(self.quant_conv(self.encoder(images)))
 
     def normalise(self, z):
@@ -927,7 +929,7 @@ def hidden_tokens(box, config):
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -1081,7 +1083,7 @@ def train_prior(config, data, run, tokenizer):
         run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train_steps_prior, config.lr_prior, config.warmup, config.cosine,
-                                        config.lr_end)
+                                        config.lr_end * config.lr_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
     return ema.eval()
@@ -1118,7 +1120,7 @@ def from_official(source, config=None):
     else UserError with the first five that do not.
     """
     torch.serialization.add_safe_globals([argparse.Namespace])                  # the release keeps its arguments
-    name = "the state dict" if isinstance(source, dict) else source
+    name = "the dict" if isinstance(source, dict) else source
     state, given = dict(read_weights(source)), config or {}                     # its own: it is emptied below
     def size(key, axis=0):
         if key not in state or state[key].ndim <= axis:
@@ -1753,7 +1755,7 @@ def load(args):
         args.photos = [args.run, *args.photos]
     run, prior = Run.__new__(Run), None                                         # no folder: pictures go to this one
     if len(args.official) > 2 or len(args.official) == 1 and args.verb != "reconstruct":
-        raise UserError("--official takes the tokenizer, then a transformer; photos stand before it")
+        raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
     run.folder, run.device = Path("."), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modules = [from_official(file).to(run.device) for file in args.official]
     for module, wanted, file in zip(modules, (AutoencoderKL, MAR), args.official):
@@ -1767,7 +1769,7 @@ def load(args):
     return run, modules[0], prior
 
 
-# Copied from maskgit.py
+# Copied from vqvae2.py
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
@@ -1795,7 +1797,7 @@ def labels_of(args, run, images, labels):
     return torch.full((len(images),), run.config.num_classes) if labels is None else labels
 
 
-# Copied from var.py
+# Copied from vqvae2.py
 def at_once(config):
     """Images in one batch: attention, caches and decoder take memory."""
     return max(1, min(64, 2 ** 20 // config.image_size ** 2))
@@ -1814,14 +1816,14 @@ def draw_images(args, run, draw, *tensors):
                       for part in zip(*(t.split(at_once(run.config)) for t in tensors))])
 
 
-# Copied from var.py
+# Copied from maskgit.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 # Copied from maskgit.py
@@ -1846,7 +1848,7 @@ def edit_command(args, run, tokenizer, prior):
     show_edits(args, run, images, shown, drawn, "completions.png" if args.verb == "complete" else "inpainted.png")
 
 
-# Copied from rqvae.py
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
@@ -1882,8 +1884,8 @@ def evaluate_command(args, run, tokenizer, prior):
     seconds, count = time.time() - start, lambda module: sum(p.numel() for p in module.parameters())
     report = dict(
         file=f"{NAME}.py", data=Path(c.data).name, image_size=c.image_size, tokens_per_image=prior.places,
-        parameters=count(tokenizer) + count(prior), parameters_tokenizer=count(tokenizer),
-        parameters_prior=count(prior), parameters_head=count(prior.diffloss), samples_per_second=num / seconds,
+        parameters_tokenizer=count(tokenizer), parameters_prior=count(prior), parameters_head=count(prior.diffloss),
+        samples_per_second=num / seconds,
         psnr=float(torch.cat(quality).mean()),
         kl_nats_per_image=float(torch.cat(kl).mean()), diffusion_loss=float((mse + vb).mean()), mse=float(mse.mean()),
         vb=float(vb.mean()), mse_by_tenth_of_noise_levels=by_level, test_images=len(images),
@@ -1891,6 +1893,7 @@ def evaluate_command(args, run, tokenizer, prior):
         train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
         command=f"python {NAME}.py evaluate {run.folder}")
+    report["parameters"] = report["parameters_tokenizer"] + report["parameters_prior"]
     levels = " ".join("-" if x is None else f"{x:.3f}" for x in by_level)
     print(f"test: PSNR {report['psnr']:.2f} dB; diffusion loss {report['diffusion_loss']:.4f}: mse {report['mse']:.4f} "
           f"(by noise level {levels}), variance {report['vb']:.4f} bits")
@@ -1905,7 +1908,7 @@ EDIT = f"{RUN} photos --data-dir"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
-    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and a transformer (photos go before it)"),
+    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),

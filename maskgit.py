@@ -29,7 +29,7 @@ Glossary
 Run
     python maskgit.py                                               the demo: nine shapes by class, minutes on two cores
     python maskgit.py train --preset cifar10 --data FOLDER_OR_ZIP --out RUN
-    python maskgit.py sample RUN --labels cat dog --steps 12        (also: complete, reconstruct, evaluate; --help)
+    python maskgit.py sample RUN --labels cat dog --sample-steps 12   (also: complete, reconstruct, evaluate; --help)
     python maskgit.py inpaint RUN photo.jpg --mask hole.png         white is drawn anew
     python maskgit.py replace RUN photo.jpg --box 8 8 16 16 --labels dog
     python maskgit.py outpaint RUN photo.jpg --right 64
@@ -97,7 +97,7 @@ class Config:
     beta: float = 0.05              # weight of the commitment term (release: 0.25)
     entropy_weight: float = 0.001   # weight of the entropy term (release: 0.1)
     entropy_temperature: float = 0.01  # squared distances are divided by it in the entropy term
-    codebook_ema: float = 0.95      # decay of the running means that the codes are (release: 0, by gradient)
+    codebook_decay: float = 0.95    # decay of the running means that the codes are (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     perceptual: str = ""            # perceptual loss: "" none, download, or a file with torchvision's ResNet-50
     perceptual_weight: float = 0.1  # its weight beside the squared error
@@ -114,7 +114,7 @@ class Config:
     dropout: float = 0.0            # of embeddings, attention, its output and the mlp's (release: 0.1)
     label_dropout: float = 0.1      # share of labels replaced by "no class", which guidance needs (release: 0)
     label_smoothing: float = 0.1    # share of the target spread evenly over all codes
-    schedule: str = "cosine"        # gamma: cosine, linear, square, cubic, sqrt, log, exponential, or pow with a number
+    schedule: str = "cosine"        # mask schedule: cosine, linear, square, cubic, sqrt, log, exponential, or pow2.5
     # training
     seed: int = 0                   # a step is a function of (seed, step)
     batch_size: int = 16            # images per step of the tokenizer, over all processes
@@ -130,7 +130,7 @@ class Config:
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     sample_steps: int = 12          # passes of the transformer for a picture
-    temperature: float = 0.7        # logits are divided by it: how varied the drawn codes are (release: 1)
+    temperature: float = 0.7        # logits are divided by it in sampling (release: 1)
     choice_temperature: float = 4.5  # noise on the confidence, falling to 0 at the last step: which codes come first
     guidance: float = 2.5           # logits = no class + guidance (class - no class); 1: none
     compile: bool = False           # torch.compile (CUDA)
@@ -157,7 +157,7 @@ class Config:
 # The release's configs; passes by the paper, their noise by its notebook. The transformer's rate after its warm-up is
 # constant in the config, a cosine in MAGVIT's trainer and here
 RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=256,
-               codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_ema=0.0, restart=0, perceptual="download",
+               codebook_size=1024, beta=0.25, entropy_weight=0.1, codebook_decay=0.0, restart=0, perceptual="download",
                disc_weight=0.1, disc_start=0, disc_width=512, width=768, heads=16, layers=24, dropout=0.1,
                label_dropout=0.0, batch_size=256, batch_size_prior=256, train_steps_tokenizer=1_000_000,
                train_steps_prior=2_000_000, lr_tokenizer=1e-4, lr_prior=1e-4, warmup_tokenizer=0, warmup=5000,
@@ -165,7 +165,7 @@ RELEASE = dict(num_classes=1000, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
-    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_ema=0.98,
+    "cifar10": Config(data="cifar10", image_size=32, num_classes=10, codebook_size=512, codebook_decay=0.98,
                       disc_start=2100, train_steps_tokenizer=2500, lr_tokenizer=1.5e-3, width=192, heads=6,
                       train_steps_prior=16_000, lr_prior=1e-3),
     "imagenet256": Config(**RELEASE | dict(data="imagenet256", image_size=256, sample_steps=8)),
@@ -368,7 +368,7 @@ class VQVAE(nn.Module):
         sizes = c.ch, c.ch_mult, c.num_res_blocks, c.code_dim, c.groups
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
         self.quantize = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.entropy_weight, c.entropy_temperature,
-                                        c.codebook_ema, c.restart)
+                                        c.codebook_decay, c.restart)
         for module in self.modules():                                           # Flax's initial weights, lecun_normal
             if isinstance(module, nn.Conv2d):
                 std = module.weight[0].numel() ** -0.5 / 0.8796                 # 0.8796: what cutting at 2 std leaves
@@ -819,7 +819,7 @@ def outpaint(tokenizer, prior, images, labels=None, *, left=0, right=0, **decodi
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -844,7 +844,7 @@ def train_tokenizer(config, data, run):
     if perceptual:
         load_resnet(perceptual, config)
     else:
-        print("reconstruction loss: squared error (--perceptual download adds ResNet-50's features)")
+        print("no weights for ResNet-50 (--perceptual): the reconstruction loss is squared error alone")
     objects = {"tokenizer": tokenizer, "tokenizer_ema": ema}
     adam = lambda net: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr_tokenizer,
                                         (0.0, 0.99), fused=run.device.type != "mps")
@@ -1160,9 +1160,9 @@ def check(config):
                           "clip choice_temperature", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
-    for name in ("codebook_ema", "dropout", "label_dropout", "label_smoothing", "ema"):
+    for name in ("codebook_decay", "dropout", "label_dropout", "label_smoothing", "ema"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
-    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
     need(math.isfinite(c.choice_temperature), f"choice_temperature is {c.choice_temperature}: a number, at least 0")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.entropy_temperature > 0,
          "lr_tokenizer, lr_prior and entropy_temperature must be positive")
@@ -1691,7 +1691,7 @@ def load(args):
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, BidirectionalTransformer) or len(args.official) > 2:
         raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
-    run = Run.__new__(Run)                                                      # without a folder: pictures go here
+    run = Run.__new__(Run)                                                      # no folder: pictures go to this one
     run.config, run.folder = tokenizer.config, Path(".")
     run.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if len(args.official) > 1:
@@ -1706,6 +1706,7 @@ def load(args):
     return run, tokenizer.to(run.device), prior and prior.to(run.device)
 
 
+# Copied from vqvae2.py
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
@@ -1738,9 +1739,15 @@ def decoding(config):
                 choice_temperature=config.choice_temperature, guidance=config.guidance if config.num_classes else 1.0)
 
 
-def in_parts(args, run, draw, *tensors):
+# Copied from vqvae2.py
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
+def draw_images(args, run, draw, *tensors):
     """draw(parts of tensors, generator=, decoding's settings by the flags or the run's) -> images, on the CPU."""
-    fields = dict(sample_steps=args.steps, schedule=args.schedule, temperature=args.temperature,
+    fields = dict(sample_steps=args.sample_steps, schedule=args.schedule, temperature=args.temperature,
                   choice_temperature=args.choice_temperature, guidance=args.guidance)
     config = dataclasses.replace(run.config, seed=args.seed, **{k: v for k, v in fields.items() if v is not None})
     check(config)
@@ -1750,18 +1757,17 @@ def in_parts(args, run, draw, *tensors):
     if "start" in args:
         settings["start"] = args.start
     generator = torch.Generator(run.device).manual_seed(args.seed)
-    many = max(1, min(64, 2 ** 20 // config.image_size ** 2))                   # attention and decoder take memory
     return torch.cat([draw(*(t.to(run.device) for t in part), generator=generator, **settings).cpu()
-                      for part in zip(*(t.split(many) for t in tensors))])
+                      for part in zip(*(t.split(at_once(config)) for t in tensors))])
 
 
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
-    images = in_parts(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
+    images = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 def show_edits(args, run, images, hidden, drawn, name):
@@ -1780,8 +1786,8 @@ def complete_command(args, run, tokenizer, prior):
     # the upper half is encoded alone: an encoder that saw the whole image would tell of the lower half
     known = tokenizer.encode(images[:, :, :half].to(run.device)).flatten(1)
     known = F.pad(known, (0, side ** 2 - known.shape[1]), value=-1).repeat_interleave(num, 0)
-    drawn = in_parts(args, run, lambda labels, known, **more: sample(tokenizer, prior, labels, known=known, **more),
-                     labels.repeat_interleave(num), known)
+    drawn = draw_images(args, run, lambda labels, known, **more: sample(tokenizer, prior, labels, known=known, **more),
+                        labels.repeat_interleave(num), known)
     hidden = (torch.arange(images.shape[2]) >= half)[None, None, :, None]
     show_edits(args, run, images, hidden, drawn, "completions.png")
 
@@ -1792,8 +1798,8 @@ def edit(args, run, tokenizer, prior, images, labels, where, name):
         raise UserError("what is to be drawn anew, and one token more on every side, is the whole picture: nothing "
                         "would be known; make it smaller, or draw whole pictures with sample")
     num = args.num or 6
-    drawn = in_parts(args, run, lambda images, labels, **more: inpaint(tokenizer, prior, images, where, labels, **more),
-                     images.repeat_interleave(num, 0), labels.repeat_interleave(num))
+    draw = lambda images, labels, **more: inpaint(tokenizer, prior, images, where, labels, **more)
+    drawn = draw_images(args, run, draw, images.repeat_interleave(num, 0), labels.repeat_interleave(num))
     hidden = where.repeat_interleave(tokenizer.f, 0).repeat_interleave(tokenizer.f, 1)
     show_edits(args, run, images, hidden, drawn, name)
 
@@ -1840,12 +1846,12 @@ def outpaint_command(args, run, tokenizer, prior):
     draw = lambda images, labels, **more: outpaint(tokenizer, prior, images, labels, left=args.left // f,
                                                    right=args.right // f, **more)
     num = args.num or 1
-    drawn = in_parts(args, run, draw, images.repeat_interleave(num, 0),
-                     labels_of(args, run, images, labels).repeat_interleave(num))
+    drawn = draw_images(args, run, draw, images.repeat_interleave(num, 0),
+                        labels_of(args, run, images, labels).repeat_interleave(num))
     show(args, run, drawn, "outpainted.png", num, "evaluate")
 
 
-# Copied from rqvae.py
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
@@ -1886,7 +1892,7 @@ def evaluate_command(args, run, tokenizer, prior):
         parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         sample_steps=c.sample_steps, psnr=float(torch.cat(quality).mean()), codebook_size=tokenizer.codebook_size,
         codebook_use=float(share), perplexity=float(perplexity), nats_per_token=nats.pop("training"),
-        nats_per_token_by_share_masked={str(kind): value for kind, value in nats.items()}, masked_accuracy=hits,
+        nats_per_token_by_share_masked={str(kind): value for kind, value in nats.items()}, accuracy=hits,
         tokens_per_image=N, unigram_nats_per_token=float(perplexity.log()), test_images=len(images),
         peak_memory_mib=peak_memory(), train_steps=sum(run.state["progress"].values()),
         train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
@@ -1901,7 +1907,8 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = ("run --official --out --num --seed --labels --steps --schedule --temperature --choice-temperature --guidance")
+RUN = ("run --official --out --num --seed --labels --sample-steps --schedule --temperature --choice-temperature "
+       "--guidance")
 EDIT = f"{RUN} photos --data-dir"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
@@ -1911,14 +1918,14 @@ FLAGS = {
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
     "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
-    "--steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
+    "--sample-steps": dict(type=positive, help="passes of the transformer (default: the run's)"),
     "--schedule": dict(help="mask schedule: cosine, linear, square, ... (default: the run's)"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--choice-temperature": dict(type=float, help="noise on the confidence (default: the run's)"),
     "--guidance": dict(type=float, help="no class + guidance (class - no class) (default: the run's)"),
     "--start": dict(type=int, help="first pass; those before it are left out (default: a sixth of the steps)"),
     "--mask": dict(required=True, metavar="PNG", help="as large as the photo, white where to draw anew"),
-    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in pixels"),
+    "--box": dict(required=True, type=int, nargs=4, metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"), help="in model pixels"),
     "--left": dict(type=int, default=0, help="pixels to add at the left"),
     "--right": dict(type=int, default=0, help="pixels to add at the right"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}

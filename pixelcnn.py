@@ -95,8 +95,8 @@ class Config:
     train_steps_prior: int = 4000   # steps of training
     lr: float = 3e-3                # peak learning rate of Adam: a short warm-up, then a cosine to zero
     warmup: int = 100               # steps of that warm-up (0: a constant learning rate)
-    clip: float = 1.0               # gradients are scaled down to this norm
-    ema: float = 0.999              # decay of the average of the weights that samples and likelihoods come from
+    clip: float = 1.0               # gradients are scaled down to this norm (0: never)
+    ema: float = 0.999              # decay of the averaged weights, which sampling uses (0: the weights themselves)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling (the papers: 1)
@@ -546,6 +546,13 @@ def likelihood(prior, tokens, labels, batch_size=100):
 
 
 # === Training: one visible loop =======================================================================================
+def backward(loss, optimizer):
+    """Gradients of the optimizer's parameters, averaged over all processes."""
+    optimizer.zero_grad()
+    loss.backward()
+    average(*(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None))
+
+
 def train_tokenizer(config, data=None, run=None):
     """Nothing to learn: the tokenizer is a fixed quantizer."""
     return build_tokenizer(config)
@@ -568,15 +575,13 @@ def train_prior(config, data, run, tokenizer):
         tokens, labels = shard(tokenizer.encode(images, generator), labels, device=run.device)
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        average(*(p.grad for p in prior.parameters()))
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        backward(loss, optimizer)
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr, step, config.warmup, config.train_steps_prior)
         optimizer.step()
         update_ema(ema, prior, step, config.ema)
-    return ema
+    return ema.eval()
 
 
 # === Official weights: none were released for either paper ============================================================
@@ -600,11 +605,11 @@ def check(config):
         value, colours = getattr(config, name), config.colours      # channel c is colour c % C everywhere
         need(value > 0 and value % colours == 0, f"{name} {value} is not divisible by {colours}, the colours")
     for names, least in (("batch_size log_every save_every image_size layers mixtures kernel", 1),
-                         ("warmup train_images test_images train_steps_prior num_classes", 0),
+                         ("warmup clip train_images test_images train_steps_prior num_classes", 0),
                          ("temperature", 1e-3)):
         for name in names.split():
             need(getattr(config, name) >= least, f"{name} is {getattr(config, name)}: at least {least}")
-    need(config.lr > 0 and config.clip > 0 and 0 <= config.ema <= 1, "lr and clip must be positive, ema 0 to 1")
+    need(config.lr > 0 and 0 <= config.ema <= 1, "lr must be positive, ema 0 to 1")
     need(0 <= config.seed < 2 ** 63, f"seed {config.seed}: 0 to 2**63 - 1")
     need(config.train_steps_tokenizer == 0, "train_steps_tokenizer must be 0: this tokenizer has nothing to learn")
     need(config.temperature == 1 or config.likelihood == "softmax", "the logistic likelihood has no temperature but 1")
@@ -1102,7 +1107,7 @@ def load(args):
     return load_run(args.run)
 
 
-def draw(args, run, tokenizer, prior, labels, known=None):
+def draw_images(args, run, tokenizer, prior, labels, known=None):
     temperature = run.config.temperature if args.temperature is None else args.temperature
     check(dataclasses.replace(run.config, temperature=temperature, seed=args.seed))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
@@ -1123,22 +1128,22 @@ def show(args, run, images, name, columns, following):
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
-    images = draw(args, run, tokenizer, prior, labels)
+    images = draw_images(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 def complete_command(args, run, tokenizer, prior):
     """Each row: an image, what the model is shown of it, and what it makes of that (PixelRNN Fig. 1)."""
     if args.photos and run.config.num_classes and not args.labels:
-        raise UserError("this model has never drawn without a class: give --labels, one for each photo or one for all")
+        raise UserError("this model draws by class: give --labels, one for each photo or one for all")
     (images, labels), num, S = read_photos(args, run), args.num or 6, run.config.image_size
     labels = read_labels(args.labels, run, len(images)) if args.labels else labels
     tokens = tokenizer.encode(images, torch.Generator().manual_seed(args.seed))
     half = tokens[:, :S // 2 * S * prior.colours]
     labels, known = (t.repeat_interleave(num, 0).to(run.device) for t in (labels, half))
-    drawn = draw(args, run, tokenizer, prior, labels, known).cpu().unflatten(0, (-1, num))
+    drawn = draw_images(args, run, tokenizer, prior, labels, known).cpu().unflatten(0, (-1, num))
     shown = tokenizer.decode(tokens)[:, None].repeat(1, 2, 1, 1, 1)
     shown[:, 1, :, S // 2:] = 0
     show(args, run, torch.cat([shown, drawn], 1).flatten(0, 1), "completions.png", 2 + num, "evaluate")
@@ -1150,7 +1155,7 @@ def interpolate_command(args, run, tokenizer, prior):
         raise UserError("interpolate needs two classes: --labels A B")
     a, b = F.one_hot(read_labels(args.labels, run, 2), run.config.num_classes).float()
     vectors = [torch.lerp(a, b, k / 8).expand(args.num or 6, -1) for k in range(9)]
-    columns = [draw(args, run, tokenizer, prior, vector) for vector in vectors]
+    columns = [draw_images(args, run, tokenizer, prior, vector) for vector in vectors]
     show(args, run, torch.stack(columns, 1).flatten(0, 1), "interpolation.png", 9, "sample")
 
 
@@ -1176,37 +1181,37 @@ def evaluate_command(args, run, tokenizer, prior):
     sample(tokenizer, prior, read_labels(None, run, num), generator=torch.Generator(run.device).manual_seed(0)).cpu()
     seconds = time.time() - start
     report = dict(
-        file="pixelcnn.py", data=run.config.data, model=run.config.model,
-        parameters=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
+        file=f"{NAME}.py", data=Path(run.config.data).name, image_size=run.config.image_size,
+        model=run.config.model, parameters=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         nats_per_token=nats / L, nats_per_image=nats, bits_per_dim=nats / L / math.log(2), test_images=len(images),
         unigram_nats_per_token=entropy, codebook_use=float((count > 0).float().mean()), perplexity=math.exp(entropy),
         psnr=float(psnr(images, tokenizer(images)[0]).mean()), peak_memory_mib=peak_memory(),
-        train_steps=run.state["progress"].get("prior", 0), train_seconds=run.state["seconds"],
+        train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
+        threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        threads=torch.get_num_threads(), command=f"python pixelcnn.py evaluate {args.run}")
+        command=f"python {NAME}.py evaluate {run.folder}")
     print(f"test: {nats:.2f} nats per image, {nats / L:.4f} per token, {report['bits_per_dim']:.4f} bits per dim "
           f"(without context {entropy:.4f} nats per token, without anything {math.log(V):.4f})")
     if V == 2:
         print("protocol: dynamic binarisation, test bits from seed 0; the paper's 81.30 (PixelCNN) is on a static set")
     write_file(run.folder / "report.json", json.dumps(report, indent=1).encode())
-    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {args.run}")
+    print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
+RUN = "run --out --num --seed --labels --temperature"
 FLAGS = {
     "run": dict(help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
-    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all)"),
-    "--num": dict(type=positive, help="images to draw, for complete: of each image"),
+    "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
-    "sample": (sample_command, "draw images", "run --out --labels --num --temperature --seed"),
-    "complete": (complete_command, "hide the lower half of images and draw it anew",
-                 "run photos --data-dir --out --labels --num --temperature --seed"),
-    "interpolate": (interpolate_command, "draw images between two classes",
-                    "run --out --labels --num --temperature --seed"),
+    "sample": (sample_command, "draw images", RUN),
+    "complete": (complete_command, "hide the lower half of images and draw it anew", f"{RUN} photos --data-dir"),
+    "interpolate": (interpolate_command, "draw images between two classes", RUN),
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run photos --data-dir --out"),
     "evaluate": (evaluate_command, "likelihood, speed, size: writes RUN/report.json", "run --data-dir")}

@@ -90,15 +90,15 @@ class Config:
     groups: int = 4                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 2, 4)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
-    attn_resolutions: tuple = ()    # sides, computed from the image size, at which a level has attention
+    attn_resolutions: tuple = ()    # sides, computed from the trained image size, at which a level has attention
     z_channels: int = 64            # channels between encoder and quantizer, and quantizer and decoder
     code_dim: int = 16              # E, width of a code
     codebook_size: int = 64         # V, codes of the one codebook
     depth: int = 4                  # D, codes at every place
+    beta: float = 0.25              # weight of the commitment term
     codebook_decay: float = 0.99    # decay of the running means that the codes are
     restart: bool = True            # codes of a mean count below 1 move to a residual (off: step 1 loses most codes)
-    beta: float = 0.25              # weight of the commitment loss
-    lpips: str = ""                 # perceptual loss: "" none, download, or a folder or file with its weights
+    lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
     disc_weight: float = 0.3        # the GAN's share after the adaptive weight (0: no GAN; release: 0.75)
     disc_start: int = 700           # first step of the GAN; before it the discriminator does not learn (release: 0)
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
@@ -124,8 +124,8 @@ class Config:
     lr_tokenizer: float = 1e-3      # learning rate of autoencoder and discriminator (release: 4e-5)
     lr_prior: float = 2e-3          # learning rate of the transformer (release: 5e-4)
     warmup_tokenizer: int = 30      # steps of warm-up of the tokenizer; then a cosine to zero (0: constant)
-    warmup: int = 30                # the same of the transformer
-    clip: float = 1.0               # gradients of the transformer are scaled down to this norm
+    warmup: int = 30                # steps of warm-up of the transformer; then a cosine to zero (0: constant)
+    clip: float = 1.0               # gradients of the transformer are scaled down to this norm (0: never)
     log_every: int = 10             # steps between two rows of metrics.jsonl
     save_every: int = 250           # steps between two checkpoints
     temperature: float = 1.0        # logits are divided by it in sampling
@@ -881,7 +881,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, top_k=0, to
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -943,21 +943,28 @@ def encode_all(tokenizer, images, device, latents=False):
                       encode(part.to(device) / 127.5 - 1).cpu() for part in parts])
 
 
+# Copied from vqvae2.py
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
+    digest = hashlib.sha256()
+    for value in (*tokenizer.state_dict().values(), *more):
+        digest.update(value.cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
 def cached_latents(tokenizer, data, run):
-    """The training images' latents, kept in RUN/latents.npz under the hash of the tokenizer and the data.
+    """The training images' latents, kept in RUN/latents.npz with the fingerprint of the tokenizer and of the data.
 
     Latents, not codes: codes are drawn from them anew at every step.
     """
-    digest, path = hashlib.sha256(), run.folder / "latents.npz"
-    for value in (*tokenizer.state_dict().values(), *data.train):
-        digest.update(value.cpu().numpy().tobytes())
+    mark, path = fingerprint(tokenizer, *data.train), run.folder / "latents.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if str(file["made_of"]) == digest.hexdigest():
+            if np.array_equal(file["made_of"], mark.numpy()):
                 return torch.from_numpy(file["latents"])
     latents = encode_all(tokenizer, data.train[0], run.device, latents=True)
     if run.is_main:
-        np.savez(buffer := io.BytesIO(), made_of=digest.hexdigest(), latents=latents.numpy())
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), latents=latents.numpy())
         write_file(path, buffer.getbuffer())
     return latents
 
@@ -1010,8 +1017,8 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(codes.flatten(1), labels, soft.flatten(1, 3) if config.soft_labels else None)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.parameters(), config.clip)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        length = nn.utils.clip_grad_norm_(prior.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
     return prior.eval()
@@ -1065,10 +1072,10 @@ def from_official(source, config=None):
     heads of 64 features) are read; the rest is seen by the weights.
     Every name and shape must fit: else UserError with the first five that do not.
     """
-    (state, depth), name = our_names(read_weights(source)), "the state dict" if isinstance(source, dict) else source
+    (state, depth), name = our_names(read_weights(source)), "the dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-    with explain(f"{name} is none of these papers' models", "its shapes make no sense"), torch.device("meta"):
+    with explain(f"{name} is no model of these papers", "its shapes make no sense"), torch.device("meta"):
         given = config or {}
         if {"classifier.linear.weight", "pos_emb_hw", "pos_emb_d"} <= state.keys():
             width = size("pos_emb_hw", 2)
@@ -1102,7 +1109,7 @@ def from_official(source, config=None):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     wrong = [key for key in {**state, **shapes} if key not in state or state[key].shape != shapes.get(key)]
     if wrong:
-        raise UserError(f"{name} is none of these papers' models: {len(wrong)} names or shapes do not fit, first "
+        raise UserError(f"{name} is no model of these papers: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
     if isinstance(model, RQVAE):
@@ -1159,7 +1166,7 @@ def check(config):
                           "code_dim depth disc_layers disc_width width heads body_layers head_layers", 1),
                          ("codebook_size", 2), ("temperature", 1e-3),
                          ("warmup warmup_tokenizer train_images test_images train_steps_tokenizer train_steps_prior "
-                          "num_classes disc_start disc_weight beta", 0)):
+                          "num_classes disc_start disc_weight beta clip", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     for name in ("codebook_decay", "dropout", "label_dropout", "text_weight"):
@@ -1167,7 +1174,7 @@ def check(config):
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
     need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
-    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau >= 1e-8 and c.clip > 0, "lr, tau and clip must be positive")
+    need(c.lr_tokenizer > 0 and c.lr_prior > 0 and c.tau >= 1e-8, "lr and tau must be positive")
     need(not c.lpips or c.image_size >= 16, f"LPIPS needs images of at least 16 pixels, these have {c.image_size}")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.ch_mult and min(c.ch_mult) > 0, "ch_mult needs a positive number for each level")
@@ -1717,7 +1724,9 @@ def load(args):
         if not args.run:
             raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
         return load_run(args.run)
-    if args.run and "photos" in args:                                           # a photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
     tokenizer, prior = from_official(args.official[0]), None
     if isinstance(tokenizer, RQTransformer) or len(args.official) > 2:
@@ -1770,6 +1779,12 @@ def read_conditions(args, run, num):
     return words.repeat(-(-num // len(words)), 1)[:num].to(run.device)
 
 
+# Copied from vqvae2.py
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, tokenizer, prior, labels, known=None):
     """Conditions (B,) or (B, L_cond), first tokens known (B, n) -> images (B, 3, H, W), in parts that fit in memory."""
     settings = {name: getattr(run.config, name) if getattr(args, name) is None else getattr(args, name)
@@ -1778,7 +1793,7 @@ def draw_images(args, run, tokenizer, prior, labels, known=None):
         settings["guidance"] = 1.0                                              # nothing to be guided by
     check(dataclasses.replace(run.config, seed=args.seed, **settings))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
-    many = max(1, min(64, 2 ** 20 // run.config.image_size ** 2))               # caches and decoder take memory
+    many = at_once(run.config)
     for start in range(0, len(labels), many):
         k = slice(start, start + many)
         parts.append(sample(tokenizer, prior, labels[k].to(run.device), known=None if known is None else known[k],
@@ -1792,8 +1807,8 @@ def sample_command(args, run, tokenizer, prior):
     images = draw_images(args, run, tokenizer, prior, conditions)
     labels = conditions.cpu().numpy()
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels)
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()
@@ -1816,6 +1831,7 @@ def complete_command(args, run, tokenizer, prior):
     show(args, run, columns.flatten(0, 1), "completions.png", 2 + num, "evaluate")
 
 
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
@@ -1868,13 +1884,13 @@ def evaluate_command(args, run, tokenizer, prior):
 RUN = "run --official --out --num --seed --temperature --top-k --top-p --guidance --labels --caption"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
     "--caption": dict(nargs="+", metavar="TEXT", help="captions, each in quotes, repeated in turn"),
-    "--num": dict(type=positive, help="images to draw; for complete: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--top-k": dict(type=int, help="only the k likeliest codes are drawn (default: the run's)"),
     "--top-p": dict(type=float, help="only the likeliest codes up to this probability (default: the run's)"),

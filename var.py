@@ -99,7 +99,7 @@ class Config:
     codebook_size: int = 128        # V, codes, one table for all scales (release: 4096)
     beta: float = 0.25              # weight of the commitment term
     codebook_weight: float = 0.2    # weight of the whole quantizer's loss (paper: 1)
-    codebook_ema: float = 0.95      # decay of the running mean of latents that a code is (0: by gradient, as paper)
+    codebook_decay: float = 0.95    # decay of the running means that the codes are (0: by gradient, as the paper)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     l1_weight: float = 0.2          # weight of the absolute error beside the squared one
     lpips: str = ""                 # perceptual loss: "" none, download, or a folder or released .ckpt with its weights
@@ -161,7 +161,7 @@ class Config:
 # The release: one tokenizer (its training: see Departs); transformers of depth d with d heads and 64 d channels
 SCALES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 RELEASE = dict(num_classes=1000, ch=160, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, code_dim=32,
-               codebook_size=4096, codebook_weight=1.0, codebook_ema=0.0, restart=0, lpips="download", disc_layers=3,
+               codebook_size=4096, codebook_weight=1.0, codebook_decay=0.0, restart=0, lpips="download", disc_layers=3,
                disc_width=64, batch_size=768, train_steps_tokenizer=400_000, disc_start=80_000, lr_tokenizer=3e-4,
                warmup_tokenizer=4000, temperature=1.0, top_k=900, top_p=0.96, guidance=2.5, log_every=50,
                save_every=2000)
@@ -180,7 +180,7 @@ PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10, scales=(1, 2, 3, 5, 7)),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, scales=(1, 2, 3, 4, 6, 8), ch=48, code_dim=16,
-                      codebook_size=512, codebook_ema=0.98, disc_start=2400, train_steps_tokenizer=3000, width=192,
+                      codebook_size=512, codebook_decay=0.98, disc_start=2400, train_steps_tokenizer=3000, width=192,
                       heads=6, depth=6, train_steps_prior=5000, lr_prior=1e-3, warmup=200),
     "imagenet256-d16": released(16, 256, 200, 768, 1e-4, 1e-3, 0.1),
     "imagenet256-d20": released(20, 256, 250, 768, 1e-4, 1e-3, 0.1),
@@ -360,7 +360,7 @@ class MultiScaleQuantizer(nn.Module):
     """f (B, E, h, w) <-> tokens (B, L): each scale codes what the coarser ones left.   Source: models/quant.py.
 
     decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
-    unused for so many steps move to latents of the batch, the first process's.
+    unused for so many steps (none before that many) move to latents of the batch, the first process's.
     """
     def __init__(self, scales, size, dim, beta=0.25, decay=0.0, restart=0):
         super().__init__()
@@ -468,11 +468,12 @@ class VQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        self.config, self.f, self.codebook_size = config, config.f, config.codebook_size
-        c, attention = config, (config.side,)                                   # at the coarsest level alone
-        shape = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
-        self.encoder, self.decoder = Encoder(3, *shape), Decoder(3, *shape)
-        self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_ema, c.restart)
+        self.config = c = config
+        self.f, self.codebook_size = c.f, c.codebook_size
+        attention = (c.side,)                                                   # at the coarsest level alone
+        sizes = c.ch, c.ch_mult, c.num_res_blocks, attention, c.image_size, c.code_dim, c.groups
+        self.encoder, self.decoder = Encoder(3, *sizes), Decoder(3, *sizes)
+        self.quantize = MultiScaleQuantizer(c.scales, c.codebook_size, c.code_dim, c.beta, c.codebook_decay, c.restart)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1) for _ in range(2))
 
     def latents(self, images):
@@ -961,7 +962,7 @@ def edit(tokenizer, prior, images, keep, labels, **settings):
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -984,8 +985,8 @@ def train_tokenizer(config, data, run):
     print(f"tokenizer: {sum(p.numel() for p in tokenizer.parameters()):,} parameters on {run.device}, "
           f"{len(data.train[0]):,} images of {config.data}")
     if config.compile:
-        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # neither codebook nor the
-            part.compile()                                                      # last layer, for adaptive_weight
+        for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
+            part.compile()                                                      # gradient adaptive_weight takes alone
     last_layer = tokenizer.decoder.conv_out.weight
     for step in run.steps("tokenizer", config.train_steps_tokenizer, tokenizer=tokenizer, discriminator=discriminator,
                           optimizer=optimizers[0], optimizer_discriminator=optimizers[1]):
@@ -1159,7 +1160,7 @@ def from_official(source, config=None):
     scales, and the transformer's are seen by its number of tokens. Buffers of the release (masks, usage of codes) are
     checked for their shapes and left. Every name and shape must fit: else UserError with the first five that do not.
     """
-    name = "the state dict" if isinstance(source, dict) else source
+    name = "the dict" if isinstance(source, dict) else source
     state = {key.replace("quant_resi.qresi_ls", "phi"): value for key, value in read_weights(source).items()}
     size = lambda key, axis=0: state[key].shape[axis] if key in state and state[key].ndim > axis else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
@@ -1188,7 +1189,7 @@ def from_official(source, config=None):
                 scales=scales, image_size=scales[-1] * 2 ** (depth - 1), num_classes=0, ch=ch, groups=32,
                 ch_mult=[size(f"encoder.down.{i}.block.0.conv1.weight") // max(1, ch) for i in range(depth)],
                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)"), code_dim=size("quantize.embedding.weight", 1),
-                codebook_size=size("quantize.embedding.weight"), codebook_ema=0.0, restart=0, disc_weight=0.0))
+                codebook_size=size("quantize.embedding.weight"), codebook_decay=0.0, restart=0, disc_weight=0.0))
             buffers = {"quantize.ema_vocab_hit_SV": (                           # statistics, of 256 px's scales in all
                 size("quantize.ema_vocab_hit_SV"), size("quantize.embedding.weight"))}
         else:
@@ -1245,7 +1246,7 @@ def check(config):
                           "clip weight_decay weight_decay_end lr_end gate_init progressive_start", 0)):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
-    for name in ("codebook_ema", "label_dropout", "label_smoothing", "drop_path", "progressive"):
+    for name in ("codebook_decay", "label_dropout", "label_smoothing", "drop_path", "progressive"):
         need(0 <= getattr(c, name) < 1, f"{name} is {getattr(c, name)}: at least 0, below 1")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
     need(0 <= c.top_k <= c.codebook_size, f"top_k is {c.top_k}: 0 to {c.codebook_size}, the codebook's size")
@@ -1786,7 +1787,7 @@ def load(args):
         args.photos = [args.run, *args.photos]
     run, prior = Run.__new__(Run), None                                         # no folder: pictures go to this one
     if len(args.official) > 2 or len(args.official) == 1 and args.verb != "reconstruct":
-        raise UserError("--official takes the tokenizer, then a transformer; photos stand before it")
+        raise UserError("--official needs the tokenizer first, then its transformer; photos stand before it")
     if len(args.official) > 1:
         prior = from_official(args.official[1])
         if not isinstance(prior, VAR):
@@ -1805,7 +1806,7 @@ def load(args):
     return run, tokenizer.to(run.device), prior
 
 
-# Copied from maskgit.py
+# Copied from vqvae2.py
 def read_photos(args, run, number=8):
     """images (n, 3, S, S) in [-1, 1], labels or None: of the command line's photos, or of the first test images."""
     if not args.photos:
@@ -1833,6 +1834,7 @@ def labels_of(args, run, images, labels):
     return torch.full((len(images),), run.config.num_classes) if labels is None else labels
 
 
+# Copied from vqvae2.py
 def at_once(config):
     """Images in one batch: attention, caches and decoder take memory."""
     return max(1, min(64, 2 ** 20 // config.image_size ** 2))
@@ -1850,13 +1852,14 @@ def draw_images(args, run, draw, *tensors):
                       for part in zip(*(t.split(at_once(run.config)) for t in tensors))])
 
 
+# Copied from maskgit.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, lambda labels, **more: sample(tokenizer, prior, labels, **more), labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 # Copied from maskgit.py
@@ -1970,7 +1973,7 @@ EDIT = f"{RUN} photos --data-dir"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
     "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
-    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and a transformer (photos go before it)"),
+    "--official": dict(nargs="+", metavar="FILE", help="released tokenizer and its transformer (photos go before it)"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: all, images', none)"),
@@ -1986,8 +1989,8 @@ VERBS = {   # name: (function, help, flags)
     "sample": (sample_command, "draw images by class", RUN),
     "complete": (complete_command, "hide the lower half of images and draw it anew", EDIT),
     "inpaint": (inpaint_command, "draw a box of images anew", f"{EDIT} --box"),
-    "outpaint": (outpaint_command, "draw all around a box of images anew", f"{EDIT} --box"),
     "replace": (replace_command, "draw a box of images anew, as another class", f"{EDIT} --box"),
+    "outpaint": (outpaint_command, "draw all around a box of images anew", f"{EDIT} --box"),
     "reconstruct": (reconstruct_command, "images through the tokenizer, after 1, 2, ... all maps, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",

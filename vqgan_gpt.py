@@ -82,7 +82,7 @@ class Config:
     num_classes: int = 9            # classes the GPT is told (0: a start token only)
     # tokenizer
     ch: int = 32                    # width of the first level, a multiple of the groups
-    groups: int = 8                 # groups of GroupNorm (release: 32, four channels each at its width of 128)
+    groups: int = 8                 # groups of GroupNorm (release: 32)
     ch_mult: tuple = (1, 1, 2)      # widths of the levels in units of ch; each level but the last halves the side
     num_res_blocks: int = 1         # residual blocks per level (the decoder has one more)
     attn_resolutions: tuple = ()    # sides, computed from the trained image size, at which a level has attention
@@ -92,7 +92,7 @@ class Config:
     quantizer: str = "vq"           # vq (nearest code), or gumbel (a softmax over the codes, relaxed in training)
     beta: float = 0.25              # weight of the codebook term (legacy) or of the commitment term of the loss
     legacy: bool = True             # QUIRK of the release: beta on the codebook term; --no-legacy: on the commitment
-    codebook_ema: float = 0.95      # decay of a codebook of running means of its latents (release: 0, by gradient)
+    codebook_decay: float = 0.95    # decay of the running means that the codes are (release: 0, by gradient)
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
     kl_weight: float = 5e-4         # gumbel: weight of the KL divergence from uniform use of the codes
     # losses of the tokenizer
@@ -100,15 +100,15 @@ class Config:
     perceptual_weight: float = 1.0  # weight of LPIPS beside L1
     codebook_weight: float = 0.1    # weight of the codebook loss (release: 1)
     gan: str = "hinge"              # loss of the discriminator: hinge or vanilla
-    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn
     disc_weight: float = 0.8        # the GAN's share after the adaptive weight (0: no GAN)
+    disc_start: int = 600           # first step of the GAN; before it the discriminator does not learn
     disc_layers: int = 2            # layers of the patch discriminator: how large a patch it judges
     disc_width: int = 32            # features of its first layer
     # GPT
     condition: str = "class"        # what stands before the codes: class, coordinates, edges, depth (maps' own codes)
-    layers: int = 4                 # transformer blocks
-    heads: int = 4                  # A, attention heads
     width: int = 128                # M, width of the transformer
+    heads: int = 4                  # A, attention heads
+    layers: int = 4                 # transformer blocks
     block_size: int = 0             # longest sequence (0: as long as needed)
     vocab_size: int = 0             # rows of the embedding table (0: V)
     dropout: float = 0.0            # of embeddings, attention and residuals
@@ -148,14 +148,14 @@ class Config:
 
 # What the release trained, by its configs: f = 16, 256 x 256, constant learning rates, no clipping, no dropped labels
 RELEASE = dict(image_size=256, ch=128, groups=32, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,),
-               z_channels=256, code_dim=256, codebook_size=1024, codebook_ema=0.0, restart=0, codebook_weight=1.0,
+               z_channels=256, code_dim=256, codebook_size=1024, codebook_decay=0.0, restart=0, codebook_weight=1.0,
                lpips="download", disc_layers=3, disc_width=64, warmup=0, clip=0.0, label_dropout=0.0, top_k=250,
                top_p=1.0, guidance=1.0, save_every=2000, log_every=50)
 PRESETS = {
     "demo": Config(),
     "mnist": Config(data="mnist", image_size=28, num_classes=10),
     "cifar10": Config(data="cifar10", image_size=32, num_classes=10, ch_mult=(1, 2, 4), z_channels=128,
-                      codebook_size=512, codebook_ema=0.98, codebook_weight=0.2, disc_start=2400,
+                      codebook_size=512, codebook_decay=0.98, codebook_weight=0.2, disc_start=2400,
                       train_steps_tokenizer=3600, lr_tokenizer=8e-4, layers=6, heads=6, width=192,
                       train_steps_prior=20_000, lr_prior=1.5e-3, warmup=100, save_every=500, top_p=0.9, guidance=3.0),
     # the release's f16 tokenizer of 16,384 codes and the class-conditional GPT of 1.4 billion parameters
@@ -317,8 +317,8 @@ class VectorQuantizer(nn.Module):
 
     legacy (the release): mean (sg(e) - z)^2 + beta mean (e - sg(z))^2; else VQ-VAE's beta on the other, the commitment
     term. Values are equal, gradients are not: with legacy the encoder feels 1 / beta times the pull to its code.
-    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: of
-    several processes, the first one's latents take the place of unused codes.
+    decay > 0: codes are running means of their latents (VQ-VAE appendix A.1), not trained by gradient. restart: codes
+    unused for so many steps (none before that many) move to latents of the batch, the first process's.
     """
     def __init__(self, size, dim, beta=0.25, legacy=True, decay=0.0, restart=0):
         super().__init__()
@@ -430,7 +430,7 @@ class VQGAN(nn.Module):
         if c.quantizer == "gumbel":
             self.quantize = GumbelQuantizer(c.codebook_size, c.code_dim, c.z_channels, c.kl_weight)
         else:
-            self.quantize = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.codebook_ema, c.restart)
+            self.quantize = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.codebook_decay, c.restart)
         self.quant_conv = nn.Conv2d(c.z_channels, c.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.code_dim, c.z_channels, 1)
 
@@ -872,6 +872,7 @@ def warmup_cosine(n, warmup, total, start, peak, end):
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1, (n - warmup) / (total - warmup))))
 
 
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -902,7 +903,7 @@ def train_tokenizer(config, data, run, stage="tokenizer"):
         for part in (tokenizer.encoder, tokenizer.decoder.mid, *tokenizer.decoder.up):  # not the last layer, whose
             part.compile()                                                      # gradient adaptive_weight takes alone
     data, last_layer = crop_data(config, data)[0], tokenizer.decoder.conv_out.weight
-    names = stage, f"{stage}_discriminator", f"{stage}_optimizer", f"{stage}_optimizer_discriminator"
+    names = stage, f"discriminator_{stage}", f"optimizer_{stage}", f"optimizer_discriminator_{stage}"
     for step in run.steps(stage, config.train_steps_tokenizer,
                           **dict(zip(names, (tokenizer, losses.discriminator, *optimizers)))):
         generator = rng(config.seed, step)
@@ -949,20 +950,27 @@ def tokenize(config, data, tokenizer, prior, split, device):
     return torch.cat(tokens), torch.cat(maps) if maps else conditions
 
 
-def cached_tokens(config, data, tokenizer, prior, run):
-    """tokenize's result for the training images, kept in RUN/tokens.npz under the hash of the weights and the data."""
-    digest, path = hashlib.sha256(), run.folder / "tokens.npz"
-    maps = prior.cond_stage_model.state_dict() if prior.cond_stage_model else {}
-    for value in (*tokenizer.state_dict().values(), *maps.values(), *data.train):
+# Copied from vqvae2.py
+def fingerprint(tokenizer, *more):
+    """SHA-256 of a tokenizer's weights and of more tensors: uint8 (32,)."""
+    digest = hashlib.sha256()
+    for value in (*tokenizer.state_dict().values(), *more):
         digest.update(value.cpu().numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def cached_tokens(config, data, tokenizer, prior, run):
+    """tokenize's result for the training images, kept in RUN/tokens.npz with the fingerprint of weights and data."""
+    maps = prior.cond_stage_model.state_dict() if prior.cond_stage_model else {}
+    mark, path = fingerprint(tokenizer, *maps.values(), *data.train), run.folder / "tokens.npz"
     if path.exists():
         with explain(f"{path} is damaged", "delete it, and it is made again"), np.load(path) as file:
-            if str(file["made_of"]) == digest.hexdigest():
+            if np.array_equal(file["made_of"], mark.numpy()):
                 return [torch.from_numpy(file[name].astype(np.int64)) for name in ("tokens", "conditions")]
     found = tokenize(config, data, tokenizer, prior, "train", run.device)
     if run.is_main:
         arrays = dict(zip(("tokens", "conditions"), (t.numpy().astype(np.uint16) for t in found)))
-        np.savez(buffer := io.BytesIO(), made_of=digest.hexdigest(), **arrays)
+        np.savez(buffer := io.BytesIO(), made_of=mark.numpy(), **arrays)
         write_file(path, buffer.getbuffer())
     return found
 
@@ -1008,8 +1016,8 @@ def train_prior(config, data, run, tokenizer):
         with autocast(run.device):
             loss, metrics = prior.loss(tokens, labels, inputs)
         backward(loss, optimizer)
-        norm = nn.utils.clip_grad_norm_(prior.transformer.parameters(), config.clip or math.inf)
-        run.log("prior", step, loss=loss, grad_norm=norm, **metrics)            # raises on NaN before a weight changes
+        length = nn.utils.clip_grad_norm_(prior.transformer.parameters(), config.clip or math.inf)
+        run.log("prior", step, loss=loss, grad_norm=length, **metrics)          # raises on NaN before a weight changes
         set_lr(optimizer, config.lr_prior, step, config.warmup, config.train_steps_prior)
         optimizer.step()
     return prior.eval()
@@ -1107,8 +1115,8 @@ def from_official(source, config=None):
             best = wrong, model, candidate, buffers
     wrong, model, candidate, buffers = best
     if wrong:
-        name = "the state dict" if isinstance(source, dict) else source
-        raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
+        name = "the dict" if isinstance(source, dict) else source
+        raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     if not buffers.keys() <= state.keys():                                      # left out of the file: they start anew
         fresh = assemble(candidate[0], state, candidate[1]).state_dict()
@@ -1161,8 +1169,8 @@ def check(config):
         for name in names.split():
             need(getattr(c, name) >= least, f"{name} is {getattr(c, name)}: at least {least}")
     need(0 < c.top_p <= 1, f"top_p is {c.top_p}: above 0, at most 1")
-    need(math.isfinite(c.guidance), f"guidance is {c.guidance}: a number, 1 for none")
-    for name in ("codebook_ema", "dropout", "pkeep", "label_dropout"):
+    need(-100 <= c.guidance <= 100, f"guidance is {c.guidance}: a number up to 100, 1 for none")
+    for name in ("codebook_decay", "dropout", "pkeep", "label_dropout"):
         need(0 <= getattr(c, name) <= 1, f"{name} is {getattr(c, name)}: 0 to 1")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
@@ -1696,9 +1704,11 @@ def load(args):
         if not args.run:
             raise UserError("name a run folder, or give --official CHECKPOINT")
         return load_run(args.run)
-    model = from_official(args.official)
-    if "photos" in args and args.run:                                         # the first photo stands where a run would
+    if args.run and "photos" not in args:
+        raise UserError(f"{args.run} or --official: one of them")
+    if args.run:                                                                # a photo stands where a run would
         args.photos = [args.run, *args.photos]
+    model = from_official(args.official)
     tokenizer, prior = (model, None) if isinstance(model, VQGAN) else (model.first_stage_model, model)
     if prior is None and args.verb != "reconstruct":
         raise UserError(f"{args.official} is a tokenizer without a GPT: use it with reconstruct")
@@ -1775,8 +1785,8 @@ def sample_command(args, run, tokenizer, prior):
         conditions = labels
     images = draw_images(args, run, tokenizer, prior, conditions, size=(h, w))
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()
@@ -1813,11 +1823,12 @@ def paint_command(args, run, tokenizer, prior):
     show(args, run, torch.cat([images[:, None], maps, drawn], 1).flatten(0, 1), "paintings.png", 3 + num, "evaluate")
 
 
+# Copied from vqvae2.py
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
-    parts = [tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu() for part in images.split(8)]
-    again = torch.cat(parts)
+    again = torch.cat([tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu()
+                       for part in images.split(8)])
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
     show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
 
@@ -1828,10 +1839,10 @@ def evaluate_command(args, run, tokenizer, prior):
     images, _, data = load_test(args, run)
     tokens, conditions = tokenize(run.config, data, tokenizer, prior, "test", run.device)
     quality, nats = [], []
-    for x, t, c in zip(images.split(32), tokens.split(32), conditions.split(32)):
-        x, t, c = x.to(run.device), t.to(run.device), c.to(run.device)
+    for x, t, y in zip(images.split(32), tokens.split(32), conditions.split(32)):
+        x, t, y = x.to(run.device), t.to(run.device), y.to(run.device)
         quality.append(psnr(x, tokenizer.decode(t).clamp(-1, 1)).cpu())
-        nats.append(prior.loss(t.flatten(1), c)[0] * len(t))
+        nats.append(prior.loss(t.flatten(1), y)[0] * len(t))
     (share, perplexity), nats, L = use(tokens, tokenizer), float(sum(nats)) / len(tokens), tokens[0].numel()
     start, num, c = time.time(), len(conditions[:16]), run.config
     sample(tokenizer, prior, conditions[:num].to(run.device), top_k=c.top_k, top_p=c.top_p,
@@ -1845,8 +1856,9 @@ def evaluate_command(args, run, tokenizer, prior):
         perplexity=float(perplexity), nats_per_token=nats, nats_per_image=nats * L, tokens_per_image=L,
         unigram_nats_per_token=float(perplexity.log()), test_images=len(images), peak_memory_mib=peak_memory(),
         train_steps=sum(run.state["progress"].values()), train_seconds=run.state["seconds"],
+        threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
-        threads=torch.get_num_threads(), command=f"python {NAME}.py evaluate {run.folder}")
+        command=f"python {NAME}.py evaluate {run.folder}")
     report["parameters"] = report["parameters_tokenizer"] + report["parameters_prior"]
     print(f"test: PSNR {report['psnr']:.2f} dB; {share:.1%} of {tokenizer.codebook_size} codes used, perplexity "
           f"{perplexity:.1f}; {nats:.4f} nats per token (without context {perplexity.log():.4f})")
@@ -1857,12 +1869,12 @@ def evaluate_command(args, run, tokenizer, prior):
 RUN = "run --official --out --num --seed --temperature --top-k --top-p --guidance"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(metavar="CHECKPOINT", help="released weights in place of a run folder"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
-    "--num": dict(type=positive, help="images to draw; for complete and paint: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--size": dict(type=positive, nargs=2, metavar=("H", "W"), help="pixels of the pictures (default: as trained)"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--top-k": dict(type=int, help="only the k likeliest codes are drawn (default: the run's)"),

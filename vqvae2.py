@@ -89,9 +89,9 @@ class Config:
     code_dim: int = 16              # E, width of a code
     codebook_size: int = 128        # V, codes of each level
     codebook: str = "ema"           # ema, release or debiased (running means), gradient (VQ-VAE): see Quantizer
+    beta: float = 0.25              # weight of the commitment term
     codebook_decay: float = 0.95    # decay of the running means
     restart: int = 20               # a code unused for so many steps moves to a random latent of the batch (0: never)
-    beta: float = 0.25              # weight of the commitment loss
     # priors
     width: tuple = (64, 64)         # features of each level's PixelSNAIL
     res_width: tuple = (32, 32)     # features inside its gated residual blocks
@@ -319,7 +319,8 @@ class VQVAE(nn.Module):
         """
         f = self.config.f
         if images.ndim != 4 or images.shape[1] != 3 or any(side % f or not side for side in images.shape[2:]):
-            raise ValueError(f"images must be (B, 3, H, W), H, W positive multiples of {f}, not {tuple(images.shape)}")
+            raise ValueError(f"images must be (B, 3, H, W), H and W positive multiples of {f}, "
+                             f"not {tuple(images.shape)}")
         features, stack, codes, losses = [images], None, [], []
         for encode in reversed(self.encoders):
             features.insert(0, encode(features[0]))                             # the top reads the bottom's features
@@ -712,7 +713,7 @@ def sample(tokenizer, prior, labels, *, known=None, temperature=1.0, generator=N
 
 
 # === Training: one visible loop per stage =============================================================================
-# Copied from vqgan_gpt.py
+# Copied from pixelcnn.py
 def backward(loss, optimizer):
     """Gradients of the optimizer's parameters, averaged over all processes."""
     optimizer.zero_grad()
@@ -818,7 +819,7 @@ def train_prior(config, data, run, tokenizer):
 
 
 # === Official weights: rosinality/vq-vae-2-pytorch ====================================================================
-def ours(name):
+def our_name(name):
     """The release's name of a parameter or module -> its name here.  _t is level 0, _b level 1."""
     name = re.sub(r"(\.conv)+\.(weight_[gv]|bias)$", r".\2", name.removeprefix("module."))     # its wrappers' layers
     for old, new in (("enc_t.blocks", "encoders.0"), ("enc_b.blocks", "encoders.1"), ("enc_t", "encoders.0"),
@@ -848,7 +849,7 @@ def read_weights(source):
     for name, value in state.items():
         if value.ndim == 2:                             # the codebook's columns; linear layers: 1 x 1 kernels here
             value = value.T.contiguous() if ".embed" in name else value[:, :, None, None]
-        turned[ours(name)] = value.to(torch.float32, copy=True)                 # the caller's tensors stay the caller's
+        turned[our_name(name)] = value.to(torch.float32, copy=True)             # the caller's tensors stay the caller's
     return turned
 
 
@@ -860,10 +861,10 @@ def from_official(source, config=None, inplace_relu=True):
     for weights of later code. Every name and shape must fit: else UserError with the first five that do not.
     """
     state, given = read_weights(source), config or {}
-    name = "the state dict" if isinstance(source, dict) else source
+    name = "the dict" if isinstance(source, dict) else source
     size = lambda key, axis=0: state[key].shape[axis] if key in state else 0
     count = lambda pattern: len({match[1] for match in map(re.compile(pattern).match, state) if match})
-    with explain(f"{name} is none of this paper's models", "its shapes make no sense"), torch.device("meta"):
+    with explain(f"{name} is no model of this paper", "its shapes make no sense"), torch.device("meta"):
         if "horizontal.weight_v" in state:
             side = given["shape"][0] if "shape" in given else size("background", 2)
             if not side:
@@ -890,7 +891,7 @@ def from_official(source, config=None, inplace_relu=True):
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     wrong = [key for key in {**state, **shapes} if key not in state or state[key].shape != shapes.get(key)]
     if wrong:
-        raise UserError(f"{name} is none of this paper's models: {len(wrong)} names or shapes do not fit, first "
+        raise UserError(f"{name} is no model of this paper: {len(wrong)} names or shapes do not fit, first "
                         f"{', '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -926,7 +927,6 @@ def check(config):
     need(c.channels % 2 == 0, f"channels is {c.channels}: an even number")
     need(all(value == 0 or 1 <= value < 100 for value in c.dropout), f"dropout is {c.dropout}: per cent, 1 to 99, or 0")
     need(0 <= c.codebook_decay < 1, f"codebook_decay is {c.codebook_decay}: 0 to 1")
-    need(c.codebook_size <= 2 ** 16, f"codebook_size {c.codebook_size}: at most 65536")
     need(c.lr_tokenizer > 0 and c.lr_prior > 0, "lr_tokenizer and lr_prior must be positive")
     need(0 <= c.seed < 2 ** 63, f"seed {c.seed}: 0 to 2**63 - 1")
     need(c.image_size % c.f == 0, f"images of {c.image_size} pixels are not divisible by {c.f}, the stride of the top "
@@ -1456,8 +1456,9 @@ def load(args):
     return run, tokenizer.to(run.device), None
 
 
+# Copied from pixelcnn.py
 def load_test(args, run):
-    """Test images (N, 3, H, W) in [-1, 1], and their labels."""
+    """Test images (N, 3, H, W) in [-1, 1] of the run's data, and their labels."""
     images, labels = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir)).test
     return images / 127.5 - 1, labels
 
@@ -1467,7 +1468,8 @@ def read_photos(args, run, number=8):
     if not args.photos:
         if getattr(args, "official", None):
             raise UserError("released weights come without test images: give photos")
-        return [part[:number] for part in load_test(args, run)]
+        data = load_data(dataclasses.replace(run.config, data_dir=args.data_dir or run.config.data_dir))
+        return data.test[0][:number] / 127.5 - 1, data.test[1][:number]
     images, side = [], run.config.image_size
     for photo in args.photos:
         with explain(f"{photo} cannot be read as an image", "give PNG or JPEG files"):
@@ -1478,11 +1480,16 @@ def read_photos(args, run, number=8):
     return torch.stack(images) / 127.5 - 1, None
 
 
+def at_once(config):
+    """Images in one batch: attention, caches and decoder take memory."""
+    return max(1, min(64, 2 ** 20 // config.image_size ** 2))
+
+
 def draw_images(args, run, tokenizer, prior, labels, known=None):
     temperature = run.config.temperature if args.temperature is None else args.temperature
     check(dataclasses.replace(run.config, seed=args.seed, temperature=temperature))
     generator, parts = torch.Generator(run.device).manual_seed(args.seed), []
-    many = max(1, min(64, 2 ** 20 // run.config.image_size ** 2))               # caches take memory
+    many = at_once(run.config)
     for start in range(0, len(labels), many):
         k = slice(start, start + many)
         parts.append(sample(tokenizer, prior, labels[k].to(run.device), known=None if known is None else known[k],
@@ -1490,13 +1497,14 @@ def draw_images(args, run, tokenizer, prior, labels, known=None):
     return torch.cat(parts)
 
 
+# Copied from pixelcnn.py
 def sample_command(args, run, tokenizer, prior):
     columns = run.config.num_classes if 0 < run.config.num_classes <= 16 else 8
     labels = read_labels(args.labels, run, args.num or 8 * columns)
     images = draw_images(args, run, tokenizer, prior, labels)
     np.savez(buffer := io.BytesIO(), arr_0=to_bytes(images).permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
-    write_file(run.folder / "samples.npz", buffer.getbuffer())                  # arr_0: what the ADM evaluator reads
     show(args, run, images, "samples.png", columns, "complete")
+    write_file(run.folder / "samples.npz", buffer.getbuffer())  # ADM's format; last: the picture may not be writable
 
 
 @torch.no_grad()
@@ -1523,7 +1531,7 @@ def complete_command(args, run, tokenizer, prior):
 @torch.no_grad()
 def reconstruct_command(args, run, tokenizer, prior):
     images, _ = read_photos(args, run, 32)
-    again = torch.cat([tokenizer.decode(tokenizer.codes(part.to(run.device))).clamp(-1, 1).cpu()
+    again = torch.cat([tokenizer.decode(tokenizer.encode(part.to(run.device))).clamp(-1, 1).cpu()
                        for part in images.split(8)])
     print("PSNR in dB:", *(f"{value:.1f}" for value in psnr(images, again)))
     show(args, run, torch.stack([images, again], 1).flatten(0, 1), "reconstructions.png", 8, "sample")
@@ -1549,9 +1557,9 @@ def evaluate_command(args, run, tokenizer, prior):
         parameters_prior=sum(p.numel() for p in prior.parameters()), samples_per_second=num / seconds,
         psnr=float(torch.cat(quality).mean()), codebook_size=tokenizer.codebook_size,
         codebook_use=min(shares), perplexity=min(perplexities),                 # of the worse level: no collapse hides
-        codebook_use_levels=shares, perplexity_levels=perplexities,
-        nats_per_token=total / sum(lengths), nats_per_token_levels=nats.tolist(), nats_per_image=total,
-        tokens_per_image=sum(lengths), unigram_nats_per_token_levels=[math.log(p) for p in perplexities],
+        codebook_use_by_level=shares, perplexity_by_level=perplexities,
+        nats_per_token=total / sum(lengths), nats_per_token_by_level=nats.tolist(), nats_per_image=total,
+        tokens_per_image=sum(lengths), unigram_nats_per_token_by_level=[math.log(p) for p in perplexities],
         test_images=len(images), peak_memory_mib=peak_memory(), train_steps=sum(run.state["progress"].values()),
         train_seconds=run.state["seconds"], threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
@@ -1566,21 +1574,20 @@ def evaluate_command(args, run, tokenizer, prior):
     print(f"{run.folder / 'report.json'}   next: python {NAME}.py sample {run.folder}")
 
 
-RUN = "run --out --num --seed --temperature"
+RUN = "run --out --num --seed --labels --temperature"
 FLAGS = {
     "run": dict(nargs="?", help="run folder"),
-    "photos": dict(nargs="*", help="image files (none: the first test images)"),
+    "photos": dict(nargs="*", help="image files, right behind the run (none: the first test images)"),
     "--official": dict(metavar="CHECKPOINT", help="a released tokenizer in place of a run folder"),
     "--data-dir": dict(help="where mnist and cifar10 are (default: where training found them)"),
     "--out": dict(help="PNG to write (default: in the run folder)"),
     "--labels": dict(nargs="+", help="classes by number or name, repeated in turn (default: the images', or all)"),
-    "--num": dict(type=positive, help="images to draw; for complete: of each image"),
+    "--num": dict(type=positive, help="images to draw; where there are photos: of each"),
     "--temperature": dict(type=float, help="divides the logits (default: the run's)"),
     "--seed": dict(type=int, default=0, help="of the generator that draws")}
 VERBS = {   # name: (function, help, flags)
-    "sample": (sample_command, "draw images, top codes first", f"{RUN} --labels"),
-    "complete": (complete_command, "hide the lower half of images and draw it anew",
-                 f"{RUN} photos --labels --data-dir"),
+    "sample": (sample_command, "draw images, top codes first", RUN),
+    "complete": (complete_command, "hide the lower half of images and draw it anew", f"{RUN} photos --data-dir"),
     "reconstruct": (reconstruct_command, "images through the tokenizer, side by side, with PSNR",
                     "run --official photos --data-dir --out"),
     "evaluate": (evaluate_command, "PSNR, codebook use, likelihood, speed, size: writes RUN/report.json",

@@ -383,6 +383,7 @@ def test_checkpoint_of_another_model(fails, vqgan, tmp_path):
     for content in ({"state_dict": None}, {1: torch.zeros(1)}, torch.zeros(3), [1, 2]):
         torch.save(content, tmp_path / "odd.ckpt")
         fails(module, "reconstruct", "--official", tmp_path / "odd.ckpt", says=["odd.ckpt holds no names and tensors"])
+    fails(module, "sample", run, "--official", tmp_path / "other.ckpt", says=["one of them"])
     fails(module, "reconstruct", "--official", run / "checkpoint.pt", says=["a run of this script"])
 
 
@@ -539,6 +540,7 @@ def test_rqvae_checkpoints_that_do_not_belong_together(fails, trained_rqvae, tmp
                "tokenizer.pt")
     fails(module, "sample", "--official", "tokenizer.pt", "transformer.pt", says=["transformer.pt", "(2, 16, 8)", "(3, 16, 8)"])
     fails(module, "sample", "--official", "tokenizer.pt", says=["is a tokenizer", "transformer too"])
+    fails(module, "sample", run, "--official", "tokenizer.pt", "transformer.pt", says=["one of them"])
     fails(module, "reconstruct", "--official", "transformer.pt", says=["tokenizer first"])
     fails(module, "reconstruct", "--official", "no.pt", says=["no.pt cannot be read"])
     fails(module, "reconstruct", "--official", str(run / "checkpoint.pt"), says=["a run of this script"])
@@ -590,7 +592,7 @@ def test_maskgit_command_lines(fails, words, says, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--sample-steps", "0"], ["--sample-steps", "less than 1"]),
     (["sample", "--schedule", "fast"], ["'fast'", "cosine"]),
     (["sample", "--labels", "nine"], ["nine", "circle"]),
     (["sample", "--guidance", "nan"], ["guidance is nan"]),
@@ -649,8 +651,8 @@ def test_masks_that_do_not_fit(fails, trained_maskgit, tmp_path, monkeypatch):
 def test_more_steps_than_tokens(trained_maskgit, tmp_path):
     """100 passes for 16 tokens: the surplus draws the last one again, as the release does. Planted: a sort index below 0."""
     module, run, _ = trained_maskgit
-    module.main(["sample", str(run), "--steps", "100", "--num", "2", "--out", str(tmp_path / "out.png")])
-    module.main(["complete", str(run), "--steps", "100", "--num", "1", "--out", str(tmp_path / "out.png")])
+    module.main(["sample", str(run), "--sample-steps", "100", "--num", "2", "--out", str(tmp_path / "out.png")])
+    module.main(["complete", str(run), "--sample-steps", "100", "--num", "1", "--out", str(tmp_path / "out.png")])
     assert (tmp_path / "out.png").exists()
 
 
@@ -670,7 +672,7 @@ def test_maskgit_official_files(fails, trained_maskgit, tmp_path, monkeypatch):
     """Of other models, in the wrong order, of another codebook; and a pair that fits. Planted: no comparison of the codebooks' sizes."""
     module, run, alone = trained_maskgit
     monkeypatch.chdir(tmp_path)
-    config = module.Config(image_size=64, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_ema=0.0, restart=0)
+    config = module.Config(image_size=64, ch=32, groups=32, ch_mult=(1, 1, 1, 1, 1), code_dim=4, num_classes=0, disc_weight=0.0, codebook_decay=0.0, restart=0)
     wrong = module.VQVAE(dataclasses.replace(config, codebook_size=1000))
     torch.save(wrong.state_dict(), "wrong.bin")
     torch.save(module.VQVAE(dataclasses.replace(config, codebook_size=1024)).state_dict(), "tokenizer.bin")
@@ -783,7 +785,7 @@ def test_var_official_files(fails, trained_var, tmp_path, monkeypatch):
     fails(module, "sample", "--official", "none.pth", "var.pth", says=["none.pth cannot be read"])
     fails(module, "sample", "--official", "noise.pth", "var.pth", says=["noise.pth cannot be read"])
     fails(module, "sample", "--official", "other.pth", "var.pth", says=["other.pth is no model of this paper"])
-    fails(module, "sample", "--official", "vae.pth", says=["--official takes the tokenizer, then a transformer"])
+    fails(module, "sample", "--official", "vae.pth", says=["--official needs the tokenizer first, then its transformer"])
     fails(module, "sample", "--official", "var.pth", "vae.pth", says=["vae.pth is a tokenizer", "first"])
     fails(module, "sample", run, "--official", "vae.pth", "var.pth", says=["one of them"])
     fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
@@ -879,7 +881,7 @@ def test_mar_official_files(fails, trained_mar, tmp_path, monkeypatch):
     fails(module, "sample", "--official", "none.pth", "mar.pth", says=["none.pth cannot be read"])
     fails(module, "sample", "--official", "noise.pth", "mar.pth", says=["noise.pth cannot be read"])
     fails(module, "sample", "--official", "other.pth", "mar.pth", says=["other.pth is no model of this paper"])
-    fails(module, "sample", "--official", "vae.pth", says=["--official takes the tokenizer, then a transformer"])
+    fails(module, "sample", "--official", "vae.pth", says=["--official needs the tokenizer first, then its transformer"])
     fails(module, "sample", "--official", "mar.pth", "vae.pth", says=["mar.pth is no AutoencoderKL", "first"])
     fails(module, "sample", run, "--official", "vae.pth", "mar.pth", says=["one of them"])
     fails(module, "sample", "--official", "vae.pth", run / "checkpoint.pt", says=["checkpoint.pt", "run of this script"])
@@ -944,7 +946,7 @@ def test_magvit_command_lines(fails, words, says, tmp_path, monkeypatch):
     (["sample", "--labels", "nine"], ["nine", "left-right"]),
     (["sample", "--guidance", "nan"], ["guidance is nan"]),
     (["sample", "--choice-temperature", "inf"], ["choice_temperature is inf"]),
-    (["sample", "--steps", "0"], ["--steps", "less than 1"]),
+    (["sample", "--sample-steps", "0"], ["--sample-steps", "less than 1"]),
     (["sample", "--schedule", "sine"], ["schedule 'sine'"]),
     (["edit", "--task", "XY"], ["task XY", "FP CFP FI"]),
     (["edit", "no.gif", "--labels", "0"], ["no.gif cannot be read as a clip"]),

@@ -413,7 +413,7 @@ def vqvae2_tokenizer(golden, inputs):
     wanted, image, results = golden["outputs"], coloured(inputs), {}
     for prefix, inplace in (("", False), ("inplace/", True)):
         net, out = vqvae2_tokenizer_of(golden, inplace), {}
-        modules = {name.removeprefix(prefix): vqvae2.ours(name.removeprefix(prefix)) for name in wanted if name.startswith(prefix)}
+        modules = {name.removeprefix(prefix): vqvae2.our_name(name.removeprefix(prefix)) for name in wanted if name.startswith(prefix)}
         modules |= {"z_t": "quantize_conv.0", "z_b": "quantize_conv.1"}
         with recorded(net, modules.values()) as seen:
             again, losses = net(image)
@@ -428,7 +428,7 @@ def vqvae2_tokenizer(golden, inputs):
         net.zero_grad()
         (1000 * loss).backward()
         gradients = {name: p.grad for name, p in net.named_parameters()}
-        out |= {name: gradients[vqvae2.ours(name[9:])] for name in wanted if name.startswith("grad1000/")}
+        out |= {name: gradients[vqvae2.our_name(name[9:])] for name in wanted if name.startswith("grad1000/")}
         results |= {prefix + name: value for name, value in out.items()}
     return scalars(results)
 
@@ -500,7 +500,7 @@ def vqvae2_pixelsnail(golden, inputs):
     (1000 * loss).backward()
     gradients = {name: p.grad for name, p in net.named_parameters()}
     for name in (name for name in wanted if name.startswith("grad1000/")):
-        out[name] = gradients[vqvae2.ours(name[9:])].reshape(wanted[name]["shape"])
+        out[name] = gradients[vqvae2.our_name(name[9:])].reshape(wanted[name]["shape"])
     if coarser:
         out["logits_without_condition"] = net(codes)
     # greedy decoding after the given first row, by the sampler's incremental passes

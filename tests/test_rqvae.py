@@ -211,7 +211,7 @@ def test_presets_have_the_released_sizes():
     ({"quantizer.codebooks.0.weight": torch.zeros(5, 2), "quantizer.codebooks.1.weight": torch.zeros(6, 2)}, "differs from the first depth"),
     ({"quantizer.codebooks.0.weight": torch.zeros(5, 2), "quantizer.codebooks.1.weight": torch.ones(5, 2)}, "differs from the first depth"),
     ({f"layers.{i}.weight": torch.zeros(2) for i in range(7)}, "layers.0.weight"),
-    ({"classifier.linear.weight": torch.zeros(3)}, "none of these papers' models")])
+    ({"classifier.linear.weight": torch.zeros(3)}, "no model of these papers")])
 def test_odd_weights_get_one_line(state, says):
     with pytest.raises(UserError, match=says) as error:
         from_official(state)

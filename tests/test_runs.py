@@ -97,7 +97,7 @@ def test_killed_at_random_steps_and_resumed_ends_in_the_same_bits(case, tmp_path
     assert [row["step"] for row in rows if row["stage"] == "prior"] == list(range(stop_at))
 
 
-@pytest.mark.parametrize("stage, step", [("images", 2), ("tokenizer", 7), ("tokenizer_discriminator", 5), ("condition", 6), ("prior", 9)])
+@pytest.mark.parametrize("stage, step", [("images", 2), ("tokenizer", 7), ("discriminator_tokenizer", 5), ("condition", 6), ("prior", 9)])
 def test_stopped_in_any_stage_and_resumed_ends_in_the_same_bits(case, tmp_path, stage, step):
     """Every variant: restarted codes, running means, Gumbel noise, both optimizers. Planted: noise from the global generator;
     the discriminator's optimizer left out of the checkpoint."""

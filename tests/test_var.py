@@ -309,7 +309,7 @@ def test_training_follows_its_schedules(tmp_path, monkeypatch):
 
 def test_flags_reach_the_sampler(tmp_path, monkeypatch):
     """Planted: --smooth dropped; --official with the run's settings in place of the release's."""
-    config = dataclasses.replace(TINY, ch=32, groups=32, codebook_ema=0.0, restart=0, train_steps_tokenizer=1, train_steps_prior=1)
+    config = dataclasses.replace(TINY, ch=32, groups=32, codebook_decay=0.0, restart=0, train_steps_tokenizer=1, train_steps_prior=1)
     data, seen = var.load_data(config), []
     run = var.Run(tmp_path / "run", config, data.classes)
     prior = var.train_prior(config, data, run, tokenizer := var.train_tokenizer(config, data, run))
@@ -503,7 +503,7 @@ def test_scales_come_from_the_checkpoint_or_are_asked_for():
 def test_official_weights_draw_on_the_command_line(tmp_path, monkeypatch, capsys):
     """Both files written as the release stores them, read by sample --official. Planted: the tokenizer's scales not the transformer's."""
     monkeypatch.setitem(var.SCALES, 256, (1, 2, 4))                             # the usage below is of another number of scales: no matter
-    config = dataclasses.replace(TINY, ch=32, groups=32, codebook_ema=0.0, restart=0)
+    config = dataclasses.replace(TINY, ch=32, groups=32, codebook_decay=0.0, restart=0)
     tokenizer, prior = build(config)
     state = {name.replace("quantize.phi", "quantize.quant_resi.qresi_ls"): p for name, p in tokenizer.state_dict().items()}
     state["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 16)

@@ -255,7 +255,7 @@ def test_released_checkpoints_map_completely(path, wrapped):
     model = from_official({"model": state} if wrapped else state)
     ours = dict(model.named_parameters())
     assert sum(p.numel() for p in ours.values()) == release["n_params"]
-    assert len(model.state_dict()) == len(names) and {vqvae2.ours(name) for name in names} == set(model.state_dict())
+    assert len(model.state_dict()) == len(names) and {vqvae2.our_name(name) for name in names} == set(model.state_dict())
     assert sum(v.numel() for v in model.state_dict().values()) == sum(torch.Size(shape).numel() for shape in names.values())
 
 
@@ -285,9 +285,9 @@ def test_loaded_weights_are_those_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("state, says", [
-    ({"quantize_t.embed": torch.zeros(3)}, "none of this paper's models"),
-    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 0, 2, 5), "background": torch.zeros(1, 2, 4, 4)}, "none of this paper's models"),
-    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 4, 2, 5), "background": torch.zeros(2)}, "none of this paper's models")])
+    ({"quantize_t.embed": torch.zeros(3)}, "no model of this paper"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 0, 2, 5), "background": torch.zeros(1, 2, 4, 4)}, "no model of this paper"),
+    ({"horizontal.conv.conv.weight_v": torch.zeros(8, 4, 2, 5), "background": torch.zeros(2)}, "no model of this paper")])
 def test_odd_weights_get_one_line(state, says):
     with pytest.raises(UserError, match=says):
         from_official(state)

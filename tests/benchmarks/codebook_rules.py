@@ -19,7 +19,7 @@ from vqgan_gpt import PRESETS, Run, load_data, psnr, train_tokenizer, use  # noq
 
 def main(source, steps=600):
     ours = dataclasses.replace(PRESETS["cifar10"], data=source, disc_weight=0.0, train_steps_tokenizer=steps, test_images=2000, save_every=10**6)
-    release = dataclasses.replace(ours, codebook_ema=0.0, restart=0, codebook_weight=1.0)
+    release = dataclasses.replace(ours, codebook_decay=0.0, restart=0, codebook_weight=1.0)
     data = load_data(ours)
     images = data.test[0] / 127.5 - 1
     for name, config in (("running means, restart", ours), ("the release's rule", release)):
