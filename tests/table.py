@@ -48,7 +48,7 @@ WAY = {   # file: its tokens, the network's passes for an image
 
 def span(reports, key, form, scale=1):
     """The reports' figure, or of several seeds the lowest and the highest."""
-    values = [scale * (key(report) if callable(key) else report[key]) for report in reports]
+    values = [scale * report[key] for report in reports]
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
 
@@ -61,7 +61,7 @@ def of_cifar10(name):
 
 
 def comparison(folder=REPORTS / "comparison"):
-    """A row for each file, in the order of the papers; of several seeds the lowest and the highest figure."""
+    """A row for each file, in the order of the papers; of several seeds the lowest and the highest figure (speed: of the first)."""
     rows = []
     for name, (tokens, passes) in WAY.items():
         reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}_[0-9].json"))]
@@ -70,10 +70,10 @@ def comparison(folder=REPORTS / "comparison"):
         first, of = reports[0], functools.partial(span, reports)
         parameters = f"{first['parameters_tokenizer']:,} + {first['parameters_prior']:,}" if "parameters_tokenizer" in first else f"{first['parameters']:,}"
         nll = of("nats_per_image", "{:.0f}") if "nats_per_image" in first else "none"
-        rows.append([f"`{name}.py`", tokens, passes, parameters, of("train_seconds", "{:.0f}", 1 / 60) + " min", of("psnr", "{:.1f}") + " dB",
+        rows.append([f"`{name}.py`", tokens, passes, parameters, of("train_steps", "{:,}"), of("psnr", "{:.1f}") + " dB",
                      of("codebook_use", "{:.0f} %", 100) if "codebook_use" in first else "no codes", nll, of("frechet", "{:.1f}"), of("class_agreement", "{:.0f} %", 100),
-                     of("spread", "{:.1f}"), of(lambda report: report["images_per_second"]["1"], "{:.1f}"), of(lambda report: report["images_per_second"]["16"], "{:.1f}"), of("peak_memory_mib", "{:,}") + " MiB", str(len(reports)), *of_cifar10(name)])
-    return markdown("file,tokens,passes,parameters (tokenizer + prior),training,PSNR,codebook use,nats/image,Frechet,class agreement,spread,images/s (1),images/s (16),memory,seeds,CIFAR-10: PSNR,CIFAR-10: nats/image".split(","), rows)
+                     of("spread", "{:.1f}"), *(f"{first['images_per_second'][number]:.1f}" for number in ("1", "16")), of("peak_memory_mib", "{:,}") + " MiB", str(len(reports)), *of_cifar10(name)])
+    return markdown("file,tokens,passes,parameters (tokenizer + prior),training steps,PSNR,codebook use,nats/image,Frechet,class agreement,spread,images/s (1),images/s (16),memory,seeds,CIFAR-10: PSNR,CIFAR-10: nats/image".split(","), rows)
 
 
 # --- released weights
