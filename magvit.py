@@ -119,7 +119,7 @@ class Config:
     r1_weight: float = 10.0         # weight of the squared gradient of the discriminator at real clips
     lecam_weight: float = 0.0       # weight of LeCam's term (paper: 0.001; released configs: 0)
     # transformer
-    tasks: str = "CG CG CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # in quotes; one a step; twice: twice as often
+    tasks: str = "CG CG CG CG CG CG FP CFP FI OPC OPV OPH OPD IPC IPD"  # in quotes; a step draws one of them
     known_frames: int = 1           # frames that FP and CFP know at the start, FI at both ends (Kinetics-600: 5)
     multi_task: bool = True         # several tasks: a task token before the class (off: one task, no token)
     token_bits: tuple = ()          # a code's bits in parts, each with a table of its own (v2: 9 9; empty: one table)
@@ -1361,7 +1361,7 @@ def from_official(source, config=None):
     return model.eval()
 
 
-# === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
+# === Helpers: data, run folder, pictures (the same in all files; a reader may stop here) ==============================
 # Copied from pixelcnn.py
 class UserError(Exception):
     """A mistake the user can mend: main prints its line (what is wrong, what would be right) and exits with code 2."""
@@ -1716,12 +1716,16 @@ class Run:
                 dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
-            hint = "name a run folder" if self.folder.is_file() else f"start a run with train --out {folder}"
-            with explain(f"{folder} holds no checkpoint.pt to go on from", hint):
+            hint = "name a run folder" if self.folder.is_file() else f"make one with train --out {folder}"
+            with explain(f"{folder} is no run folder, it holds no checkpoint.pt", hint):
                 data = io.BytesIO(self.checkpoint.read_bytes())
             with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
-                self.config = Config(**self.state["config"])
+                fields = dict(self.state["config"])
+            if unknown := fields.keys() - {f.name for f in dataclasses.fields(Config)}:
+                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(unknown)}")
+            with explain(f"{self.checkpoint} was refused", "train anew"):
+                self.config = Config(**fields)
             return
         self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0,
                           progress={}, objects={})

@@ -1186,7 +1186,7 @@ def load_lpips(lpips, config):
             raise ValueError(f"first names that do not fit: {', '.join((missing + unexpected)[:5])}")
 
 
-# === Helpers: data, run folder, pictures (the other files copy them; a reader may stop here) ==========================
+# === Helpers: data, run folder, pictures (the same in all files; a reader may stop here) ==============================
 # Copied from pixelcnn.py
 class UserError(Exception):
     """A mistake the user can mend: main prints its line (what is wrong, what would be right) and exits with code 2."""
@@ -1498,12 +1498,16 @@ class Run:
                 dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0
         if config is None:
-            hint = "name a run folder" if self.folder.is_file() else f"start a run with train --out {folder}"
-            with explain(f"{folder} holds no checkpoint.pt to go on from", hint):
+            hint = "name a run folder" if self.folder.is_file() else f"make one with train --out {folder}"
+            with explain(f"{folder} is no run folder, it holds no checkpoint.pt", hint):
                 data = io.BytesIO(self.checkpoint.read_bytes())
             with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
-                self.config = Config(**self.state["config"])
+                fields = dict(self.state["config"])
+            if unknown := fields.keys() - {f.name for f in dataclasses.fields(Config)}:
+                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(unknown)}")
+            with explain(f"{self.checkpoint} was refused", "train anew"):
+                self.config = Config(**fields)
             return
         self.state = dict(config=dataclasses.asdict(config), classes=list(classes), metrics=[], seconds=0.0,
                           progress={}, objects={})
@@ -1746,7 +1750,8 @@ def load(args):
     """What a verb works on, from a run folder or from released weights -> run, tokenizer, prior (or None)."""
     if not getattr(args, "official", None):
         if not args.run:
-            raise UserError("name a run folder, or give --official TOKENIZER [TRANSFORMER]")
+            other = ", or give --official TOKENIZER [TRANSFORMER]" if hasattr(args, "official") else ""
+            raise UserError(f"name a run folder{other}")
         run, tokenizer, prior = load_run(args.run)
         return run, tokenizer, bind(prior, tokenizer)
     if args.run and "photos" not in args:

@@ -2,9 +2,11 @@
 
     python tests/extract.py var.py VAR MultiScaleQuantizer > var_only.py
 
-What a name needs is found in the source: the top-level names that it, and what it needs, speak of. Copies declared with
-`# Copied from` are blocks of their own file, so nothing is looked for elsewhere. Without a name: what the file's classes need.
+What a name needs is found in the source: the top-level names that it, and what it needs, speak of, and Config and PRESETS where
+something takes a config. Copies declared with `# Copied from` are blocks of their own file, so nothing is looked for elsewhere.
+Without a name: what goes with each of the file's classes.
 """
+import argparse
 import ast
 import sys
 from pathlib import Path
@@ -30,6 +32,8 @@ def needed(source, names):
         node = ahead.pop()
         if node not in found:
             found.add(node)
+            if any(isinstance(each, ast.arg) and each.arg == "config" for each in ast.walk(node)):
+                ahead += [home["Config"], home["PRESETS"]]
             ahead += [home[each.id] for each in ast.walk(node) if isinstance(each, ast.Name) and each.id in home]
     return [node for node in body if node in found]
 
@@ -59,9 +63,15 @@ def travels(path):
 
 
 if __name__ == "__main__":
-    path = ROOT / sys.argv[1]
-    if sys.argv[2:]:
-        sys.stdout.write(extract(path, sys.argv[2:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", choices=sorted(path.name for path in ROOT.glob("*.py")))
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    if args.names:
+        try:
+            sys.stdout.write(extract(ROOT / args.file, args.names))
+        except KeyError as error:
+            parser.error(f"{args.file} has no {error}: without a name it lists them")
     else:
-        for name, others in travels(path).items():
+        for name, others in travels(ROOT / args.file).items():
             sys.stdout.write(f"{name}: {', '.join(others) or 'alone'}\n")

@@ -134,6 +134,8 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--data-dir")
     args = parser.parse_args()
+    if not (args.run / "samples.npz").exists():
+        parser.error(f"{args.run} has no samples.npz: draw some with sample {args.run} --num 900")
     samples, config = np.load(args.run / "samples.npz"), json.loads((args.run / "config.json").read_text())
     labels = torch.from_numpy(samples["labels"]) if config["num_classes"] else None
     figures = judge_samples(torch.from_numpy(samples["arr_0"]).movedim(-1, 1), labels, config["data"], args.data_dir or config["data_dir"])

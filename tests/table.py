@@ -4,6 +4,7 @@ Figures: from notebooks/reports/*.json, each the report.json of a run, kept unde
 comparison: all files on equal terms, from notebooks/reports/comparison (python tests/benchmarks/comparison.py).
 weights: released checkpoints, how to load them; their sizes from the lists in tests/golden. exactness: what is recorded there, of whose code.
 """
+import argparse
 import functools
 import gzip
 import json
@@ -87,20 +88,20 @@ WEIGHTS = [   # file; lists of names, tokenizer first; the command; FID (r: of r
     ("vqgan_gpt", ["faceshq_vqgan", "faceshq_transformer"], "sample --official faceshq_transformer/last.ckpt", ""),
     ("vqgan_gpt", ["faceshq_vqgan", "ffhq_transformer"], "sample --official ffhq_transformer/last.ckpt", "9.6"),
     ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_480M"], "sample --official stage1/model.pt stage2/model.pt --labels 207", "15.72"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_821M"], "the same", "13.11"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_1400M"], "the same", "8.71"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_3800M"], "the same", "7.55"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_821M"], "the same: 821M", "13.11"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_1400M"], "the same: 1.4B", "8.71"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_imagenet_3800M"], "the same: 3.8B", "7.55"),
     ("rqvae", ["tokenizer_ffhq", "transformer_ffhq"], "sample --official stage1/model.pt stage2/model.pt", "10.38"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_church"], "the same", "7.45"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_cat"], "the same (LSUN cat; bedroom)", "8.64; 3.04"),
-    ("rqvae", ["tokenizer_imagenet", "transformer_cc3m"], "captions as numbers, in Python", "12.33"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_church"], "the same: LSUN church", "7.45"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_cat"], "the same: LSUN cat; bedroom", "8.64; 3.04"),
+    ("rqvae", ["tokenizer_imagenet", "transformer_cc3m"], "CC3M: captions as numbers, by `from_official` alone", "12.33"),
     ("movq", ["tokenizer_67M"], "reconstruct photo.jpg --official movqgan_67M.ckpt", ""),
     ("movq", ["tokenizer_102M"], "reconstruct photo.jpg --official movqgan_102M.ckpt", ""),
     ("movq", ["tokenizer_270M"], "reconstruct photo.jpg --official movqgan_270M.ckpt", ""),
     ("maskgit", ["tokenizer", "transformer_256"], "sample --official tokenizer_imagenet256_checkpoint maskgit_imagenet256_checkpoint --labels 207", "6.06 (r 2.28)"),
     ("maskgit", ["tokenizer", "transformer_512"], "sample --official tokenizer_imagenet512_checkpoint maskgit_imagenet512_checkpoint --labels 207", "7.32 (r 1.97)"),
     ("maskgit", ["tokenizer_openmuse"], "reconstruct photo.jpg --official maskgit-vqgan-imagenet-f16-256.bin", ""),
-    *(("var", ["tokenizer", f"transformer_d{depth}"], f"sample --official vae_ch160v4096z32.pth var_d{depth}.pth --labels 207 --guidance 1.5 --top-k 900 --top-p 0.96", fid)
+    *(("var", ["tokenizer", f"transformer_d{depth}"], f"sample --official vae_ch160v4096z32.pth var_d{depth}.pth --labels 207", fid)
       for depth, fid in ((16, "3.55"), (20, "2.95"), (24, "2.33"), (30, "1.97"), (36, "2.63 (512 px)"))),
     *(("mar", ["vae", size], f"sample --official kl16.ckpt mar_{size}/checkpoint-last.pth --labels 207", fid)
       for size, fid in (("base", "3.48; with guidance 2.31"), ("large", "2.60; 1.78"), ("huge", "2.35; 1.55"))),
@@ -117,7 +118,7 @@ def weights(folder=Path(__file__).resolve().parent / "golden"):
         file = FILE_OF.get(name, name)
         command = f"`python {file}.py {command}`" if "--official" in command else command
         rows.append([command, " + ".join(f"{size:,}" for size in sizes), f"{sum(sizes) * 4 / 2 ** 30:.2g}", fid])
-    return markdown(["command", "parameters (tokenizer + transformer)", "GiB", "FID by its authors"], rows)
+    return markdown(["command", "parameters (tokenizer + transformer)", "GiB", "FID by its authors (r: of reconstructions)"], rows)
 
 
 # --- what is compared with whose code
@@ -145,8 +146,11 @@ FILE_OF = {"vqgan": "vqgan_gpt", "movq": "rqvae"}                               
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["exactness"]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("which", nargs="?", default="runs", choices=["runs", "comparison", "weights", "exactness"])
+    which = parser.parse_args().which
+    if which == "exactness":
         text, number = exactness()
         sys.stdout.write(f"{text}\n\nreleased checkpoints whose names and shapes must fit: {number}\n")
     else:
-        sys.stdout.write({"": table, "comparison": comparison, "weights": weights}[" ".join(sys.argv[1:])]() + "\n")
+        sys.stdout.write({"runs": table, "comparison": comparison, "weights": weights}[which]() + "\n")
