@@ -153,6 +153,14 @@ def test_unknown_labels(module, fails, run, words, says):
     fails(module, "sample", run, *words, says=says)
 
 
+def test_a_run_of_another_file_is_told_apart(module, fails, run, tmp_path):
+    """Planted: the missing field as a refused checkpoint, with the advice to train anew."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["config"]["no_such_field"] = 1
+    torch.save(state, tmp_path / "checkpoint.pt")
+    fails(module, "sample", tmp_path, says=["another file", "no_such_field"])
+
+
 def test_a_photo_is_no_run(module, fails, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
     fails(module, "reconstruct", tmp_path / "photo.png", says=["photo.png", "name a run folder"])
