@@ -1441,7 +1441,7 @@ class Run:
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
                 fields = dict(self.state["config"])
             if unknown := fields.keys() - {f.name for f in dataclasses.fields(Config)}:
-                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(unknown)}")
+                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(map(str, unknown))}")
             with explain(f"{self.checkpoint} was refused", "train anew"):
                 self.config = Config(**fields)
             return
