@@ -1535,9 +1535,9 @@ class Run:
                 data = io.BytesIO(self.checkpoint.read_bytes())
             with explain(f"{self.checkpoint} was refused: truncated, or more than tensors and numbers", "train anew"):
                 self.state = torch.load(data, map_location="cpu", weights_only=True)
-                fields = dict(self.state["config"])
+                fields = {str(name): value for name, value in self.state["config"].items()}
             if unknown := fields.keys() - {f.name for f in dataclasses.fields(Config)}:
-                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(map(str, unknown))}")
+                raise UserError(f"{folder} is a run of another file or version: {NAME}.py has no {min(unknown)}")
             with explain(f"{self.checkpoint} was refused", "train anew"):
                 self.config = Config(**fields)
             return
