@@ -12,7 +12,8 @@ import math
 import sys
 from pathlib import Path
 
-REPORTS = Path(__file__).resolve().parent.parent / "notebooks" / "reports"
+REPORTS, GOLDEN = Path(__file__).resolve().parent.parent / "notebooks" / "reports", Path(__file__).resolve().parent / "golden"
+FILE_OF = {"vqgan": "vqgan_gpt", "movq": "rqvae"}                               # the start of a golden file's name, where it is not the file's
 COLUMNS = {   # heading: report -> cell
     "file": lambda r: f"`{r['file']}`",
     "run": lambda r: f"`{r['preset']}`",
@@ -109,7 +110,7 @@ WEIGHTS = [   # file; lists of names, tokenizer first; the command; FID (r: of r
 ]
 
 
-def weights(folder=Path(__file__).resolve().parent / "golden"):
+def weights(folder=GOLDEN):
     """A row for each released checkpoint: parameters without those of losses and of running means, GiB of them in float32."""
     rows = []
     for name, lists, command, fid in WEIGHTS:
@@ -123,8 +124,7 @@ def weights(folder=Path(__file__).resolve().parent / "golden"):
 
 # --- what is compared with whose code
 
-
-def exactness(folder=Path(__file__).resolve().parent / "golden"):
+def exactness(folder=GOLDEN):
     """A row for each file and each code it is compared with; released weights: lists of names and shapes that from_official must fit."""
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     from test_golden import LEFT_OUT
@@ -140,9 +140,6 @@ def exactness(folder=Path(__file__).resolve().parent / "golden"):
     rows = [[f"`{file}.py`", source, str(done), str(left)] for (file, source), (done, left) in sorted(counted.items())]
     rows.append(["all", "", *(str(sum(counts)) for counts in zip(*counted.values()))])
     return markdown(["file", "compared with", "outputs compared", "left out, with the reason"], rows), len(list(folder.glob("*.json.gz")))
-
-
-FILE_OF = {"vqgan": "vqgan_gpt", "movq": "rqvae"}                               # the start of a golden file's name, where it is not the file's
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """All eight files on the same nine shapes: training steps for about eight minutes each on two cores (nine on one).
 
-    python tests/benchmarks/comparison.py [FILE ...] [--seed N] [--share X]
+    python tests/benchmarks/comparison.py [FILE ...] [--seed N] [--share X | --speed]
 
 Each file's demo, with its steps stretched from the demo's minutes (notebooks/reports) to eight, on 6 x 6 places of codes of 24 x 24 pixels where the paper
 allows: VQ-VAE-2 has 3 x 3 besides, RQ-VAE four codes a place, MAR 3 x 3 latents a token, VAR five maps up to 6 x 6; PixelCNN has no codes, but 16 x 16
@@ -20,8 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-REPORTS, MINUTES = ROOT / "notebooks" / "reports", 8
-FILES = "pixelcnn vqvae2 vqgan_gpt rqvae maskgit magvit var mar".split()
+from table import REPORTS, WAY  # noqa: E402
+
+FILES, MINUTES = list(WAY), 8
 SIZE, NUMBER = 24, {"train": 20_000, "test": 2_000}
 MORE = {   # file: flags, and by what its steps are more than the demo's for equal time (smaller pictures; measured)
     "vqvae2": (["--image-size", str(SIZE)], 1.6),
